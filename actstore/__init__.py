@@ -1,0 +1,32 @@
+"""actstore: the open activation store for interpretability research.
+
+`actstore.open(url)` opens a store, `actstore.ActivationDataset(url, sites=...)` streams shuffled batches from it.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from actstore.errors import ActstoreError
+
+if TYPE_CHECKING:
+    from actstore.store.reader import Store
+    from actstore.stream.dataset import ActivationDataset
+
+__version__ = "0.1.0"
+__all__ = ["ActivationDataset", "ActstoreError", "open"]
+
+
+def open(url: str | os.PathLike[str]) -> "Store":  # noqa: A001  actstore.open is the public name
+    """Open a store read-only; `StoreError` if there is none at `url`."""
+    from actstore.store.reader import open_store
+
+    return open_store(url)
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch only when the dataset is asked for."""
+    if name == "ActivationDataset":
+        from actstore.stream.dataset import ActivationDataset
+
+        return ActivationDataset
+    raise AttributeError(f"module 'actstore' has no attribute {name!r}")

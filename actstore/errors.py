@@ -1,0 +1,40 @@
+"""The one family of errors.
+
+Every message says what was found, what was expected and what to do. Bad arguments raise `ValueError` (the command
+line exits with 2); everything the world did wrong raises an `ActstoreError` (exit 1).
+"""
+
+
+class ActstoreError(Exception):
+    """Anything actstore refuses or could not do."""
+
+
+class StoreError(ActstoreError):
+    """A store, or an object in it, is missing, malformed or unreachable."""
+
+
+class IntegrityError(StoreError):
+    """Stored bytes are not the bytes that were written."""
+
+
+class MismatchError(ActstoreError):
+    """The target exists already and was made with other settings."""
+
+
+class TokensError(ActstoreError):
+    """A text source, tokenizer or token table can't be used."""
+
+
+class CaptureError(ActstoreError):
+    """The model can't be loaded or does not fit what was asked of it."""
+
+
+class StreamError(ActstoreError):
+    """A reading plan can't be carried out or resumed."""
+
+
+def mismatch(what: str, found: dict[str, object], expected: dict[str, object], remedy: str) -> MismatchError:
+    """A `MismatchError` that lists exactly the fields that differ."""
+    keys = [k for k in sorted(found.keys() | expected.keys()) if found.get(k) != expected.get(k)]
+    fields = "; ".join(f"{k} is {found.get(k)!r}, asked for {expected.get(k)!r}" for k in keys)
+    return MismatchError(f"{what} differs: {fields}. {remedy}")

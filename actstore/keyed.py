@@ -1,0 +1,97 @@
+"""Keyed order: every order in actstore is a pure function of a 64-bit key and an index.
+
+`permute` is a bijection of [0, n) for any n below 2^63, computed index by index: no table, no generator to replay,
+the same on every machine. It is an unbalanced Feistel network over the smallest power of two that holds n, walked
+along its cycle until it lands inside n (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). Round keys
+and the round function are SplitMix64 (Steele, Lea & Flood 2014). `docs/format.md` specifies it bit by bit, because
+the order of rows inside a bucket is part of the format.
+
+Rounds: 8, and 16 on domains up to 256, where 6 and 10 rounds were visibly biased (chi-square of pairs over 40,000
+keys up to 1,000 standard deviations off at n = 8; with 16 within 3 for every n tried).
+"""
+
+import hashlib
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+SMALL_DOMAIN_BITS = 8
+ROUNDS, SMALL_DOMAIN_ROUNDS = 8, 16
+"""Feistel rounds by domain; part of the format and of every order version."""
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_M1 = np.uint64(0xBF58476D1CE4E5B9)
+_M2 = np.uint64(0x94D049BB133111EB)
+_S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
+_ONE = np.uint64(1)
+
+
+def key(seed: int, *parts: int | str) -> int:
+    """The 64-bit key for a purpose: BLAKE2b-64, little endian, of seed and parts joined by '/'.
+
+    Distinct parts give independent keys, so that (seed 1, epoch 0) never equals (seed 0, epoch 1).
+    """
+    text = "/".join(str(p) for p in (seed, *parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+@numba.njit(inline="always")
+def _mix(z: np.uint64) -> np.uint64:
+    z = (z ^ (z >> _S30)) * _M1
+    z = (z ^ (z >> _S27)) * _M2
+    return z ^ (z >> _S31)
+
+
+@numba.njit(nogil=True, cache=True)
+def _walk(index: NDArray[np.uint64], n: np.uint64, key: np.uint64, inverse: bool, out: NDArray[np.int64]) -> None:
+    bits = np.uint64(1)
+    while (_ONE << bits) < n:
+        bits += _ONE
+    low = bits >> _ONE
+    high = bits - low
+    rounds = SMALL_DOMAIN_ROUNDS if bits <= np.uint64(SMALL_DOMAIN_BITS) else ROUNDS
+    round_keys = np.empty(rounds, np.uint64)
+    for r in range(rounds):
+        round_keys[r] = _mix(key + np.uint64(r + 1) * _GAMMA)
+    for i in range(index.shape[0]):
+        x = index[i]
+        while True:
+            # left holds `a` bits, right holds `b` bits; the widths swap with every round
+            a, b = high, low
+            left, right = x >> b, x & ((_ONE << b) - _ONE)
+            if not inverse:
+                for r in range(rounds):
+                    f = _mix(right + round_keys[r]) & ((_ONE << a) - _ONE)
+                    left, right = right, left ^ f
+                    a, b = b, a
+            else:
+                for r in range(rounds - 1, -1, -1):
+                    a, b = b, a
+                    f = _mix(left + round_keys[r]) & ((_ONE << a) - _ONE)
+                    left, right = right ^ f, left
+            x = (left << b) | right
+            if x < n:
+                break
+        out[i] = np.int64(x)
+
+
+def _apply(index: NDArray[np.integer] | int, n: int, key: int, *, inverse: bool) -> NDArray[np.int64]:
+    flat = np.atleast_1d(np.asarray(index))
+    if n < 1 or n >= 1 << 63:
+        raise ValueError(f"a permutation needs 1 <= n < 2^63, got {n}")
+    if flat.size and (int(flat.min()) < 0 or int(flat.max()) >= n):
+        raise ValueError(f"indices must lie in [0, {n}), got {int(flat.min())}..{int(flat.max())}")
+    out = np.empty(flat.shape[0], np.int64)
+    _walk(flat.astype(np.uint64), np.uint64(n), np.uint64(key), inverse, out)
+    return out
+
+
+def permute(index: NDArray[np.integer] | int, n: int, key: int) -> NDArray[np.int64]:
+    """Where the keyed permutation of [0, n) sends each index; always an array."""
+    return _apply(index, n, key, inverse=False)
+
+
+def invert(index: NDArray[np.integer] | int, n: int, key: int) -> NDArray[np.int64]:
+    """The inverse of `permute`: `invert(permute(i, n, k), n, k) == i`."""
+    return _apply(index, n, key, inverse=True)

@@ -1,0 +1,217 @@
+"""What a store is: its fixed numbers, the names of its objects, and its zarr metadata.
+
+`StoreSpec` is the content of the group's `actstore` attribute, format version 1 (`docs/format.md`). Everything else
+follows from it: how many buckets and shards there are, which rows each holds, and where each object lies. It is read
+from untrusted bytes, so every field is checked before it is used.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore import keyed
+from actstore.errors import StoreError
+from actstore.store import codec as codecs
+from actstore.store.bfloat16 import NATIVE as BFLOAT16
+
+FORMAT_VERSION = 1
+ATTRIBUTE = "actstore"
+GROUP_KEY = "zarr.json"
+PROVENANCE_ARRAYS = ("sequence", "position", "token_id")
+"""Row-aligned int32 arrays beside the sites."""
+
+EncodingName = Literal["bf16", "f32"]
+DTYPES: dict[str, np.dtype[Any]] = {"bf16": BFLOAT16, "f32": np.dtype("<f4")}
+RAW_DTYPES: dict[str, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "f32": np.dtype("<f4")}
+"""What `stream/` and the writer move: bf16 travels as its bits."""
+
+_SITE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[0-9]+)?")
+MAX_D = 1 << 20
+MAX_BUCKET_ROWS = 1 << 31
+MAX_ROWS = 1 << 56
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSpec:
+    """One site's array."""
+
+    d: int
+    """Width of the activation vectors."""
+    encoding: EncodingName = "bf16"
+    """How values are stored; see `docs/format.md`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """The fixed numbers of a store."""
+
+    sites: dict[str, SiteSpec]
+    """Arrays by site name."""
+    rows: int
+    """Planned rows; the store is complete when all of them are committed."""
+    bucket_rows: int = 1 << 20
+    """Rows of a bucket: shuffle scope and unit of commit."""
+    shard_rows: int = 1 << 14
+    """Rows of a shard: one object on storage. Divides bucket_rows."""
+    chunk_rows: int = 1 << 11
+    """Rows of a chunk: the read unit. Divides shard_rows."""
+    seed: int = 0
+    """Key of the row order inside buckets."""
+    codec: codecs.CodecName = "planes"
+    """Chunk codec; see `actstore.store.codec`."""
+    provenance: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Where the rows come from: model, tokens, versions; JSON values only."""
+
+    def __post_init__(self) -> None:
+        """Check every number; `ValueError` names the field."""
+        _check_fields(self)
+
+    @property
+    def buckets(self) -> int:
+        """Number of buckets."""
+        return -(-self.rows // self.bucket_rows)
+
+    def bucket_range(self, bucket: int) -> tuple[int, int]:
+        """First row and the row after the last of a bucket."""
+        if not 0 <= bucket < self.buckets:
+            raise ValueError(f"bucket {bucket} does not exist: the store has {self.buckets}")
+        first = bucket * self.bucket_rows
+        return first, min(first + self.bucket_rows, self.rows)
+
+    def permutation(self, bucket: int) -> NDArray[np.int64]:
+        """Stored place, within the bucket, of each of its rows [rows of the bucket]."""
+        first, stop = self.bucket_range(bucket)
+        return keyed.permute(np.arange(stop - first), stop - first, keyed.key(self.seed, "bucket", bucket))
+
+    def to_json(self) -> dict[str, Any]:
+        """The group's `actstore` attribute."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+
+def _check_fields(spec: StoreSpec) -> None:
+    for name in ("rows", "bucket_rows", "shard_rows", "chunk_rows", "seed"):
+        value = getattr(spec, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}, expected a whole number")
+    if not 0 < spec.rows <= MAX_ROWS:
+        raise ValueError(f"rows is {spec.rows}, expected 1 to {MAX_ROWS}")
+    if not 0 < spec.bucket_rows <= MAX_BUCKET_ROWS:
+        raise ValueError(f"bucket_rows is {spec.bucket_rows}, expected 1 to {MAX_BUCKET_ROWS}")
+    if not 0 < spec.chunk_rows <= spec.shard_rows or spec.shard_rows % spec.chunk_rows:
+        raise ValueError(f"shard_rows ({spec.shard_rows}) must be a multiple of chunk_rows ({spec.chunk_rows})")
+    if spec.bucket_rows % spec.shard_rows:
+        raise ValueError(f"bucket_rows ({spec.bucket_rows}) must be a multiple of shard_rows ({spec.shard_rows})")
+    if spec.codec not in codecs.CODECS:
+        raise ValueError(f"codec is {spec.codec!r}, expected one of {', '.join(codecs.CODECS)}")
+    if not spec.sites:
+        raise ValueError("a store needs at least one site")
+    for name, site in spec.sites.items():
+        if not _SITE_NAME.fullmatch(name) or name in (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest"):
+            raise ValueError(f"site name {name!r} can't be used: expected a name such as resid_post.12")
+        if not isinstance(site.d, int) or not 0 < site.d <= MAX_D:
+            raise ValueError(f"site {name}: d is {site.d!r}, expected 1 to {MAX_D}")
+        if site.encoding not in DTYPES:
+            raise ValueError(f"site {name}: encoding is {site.encoding!r}, expected one of {', '.join(DTYPES)}")
+
+
+def spec_from_json(data: Any, where: str) -> StoreSpec:
+    """Parse and check the group's `actstore` attribute; `StoreError` names the field."""
+    if not isinstance(data, dict):
+        raise StoreError(f"{where}: the group has no '{ATTRIBUTE}' attribute, so this is not an activation store")
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StoreError(f"{where}: format version is {version!r}, this actstore reads {FORMAT_VERSION}; update actstore")
+    fields = {k: v for k, v in data.items() if k != "format_version"}
+    expected = set(StoreSpec.__dataclass_fields__)
+    if set(fields) != expected:
+        raise StoreError(f"{where}: fields are {sorted(fields)}, expected {sorted(expected)}")
+    try:
+        sites = {str(name): SiteSpec(**site) for name, site in fields.pop("sites").items()}
+        if not isinstance(fields["provenance"], dict):
+            raise TypeError(f"provenance is {fields['provenance']!r}, expected an object")
+        return StoreSpec(sites=sites, **fields)
+    except (TypeError, ValueError, AttributeError) as e:
+        raise StoreError(f"{where}: {e}") from e
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One zarr array of a store."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    shard_rows: int
+    chunk_rows: int
+    codec: codecs.CodecName
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a decoded chunk."""
+        return self.chunk_rows * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a decoded row."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Capacity of a shard."""
+        return self.shard_rows // self.chunk_rows
+
+    def shard_key(self, shard: int) -> str:
+        """Object name of a shard: zarr's default chunk key encoding."""
+        return "/".join([self.name, "c", str(shard), *("0" for _ in self.shape[1:])])
+
+    def metadata(self) -> dict[str, Any]:
+        """The array's `zarr.json`."""
+        tail = list(self.shape[1:])
+        sharding = {
+            "chunk_shape": [self.chunk_rows, *tail],
+            "codecs": codecs.metadata(self.codec, self.dtype.itemsize),
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, *tail]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0 if self.dtype.kind == "i" else 0.0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {},
+            "dimension_names": ["row", "feature"][: len(self.shape)],
+        }
+
+
+def arrays(spec: StoreSpec) -> dict[str, ArraySpec]:
+    """All arrays of a store by name: the sites, then provenance (one shard a bucket, for few small objects)."""
+    common: dict[str, Any] = {"chunk_rows": spec.chunk_rows, "codec": spec.codec}
+    found = {
+        name: ArraySpec(
+            name=name, shape=(spec.rows, s.d), dtype=DTYPES[s.encoding], shard_rows=spec.shard_rows, **common
+        )
+        for name, s in spec.sites.items()
+    }
+    for name in PROVENANCE_ARRAYS:
+        found[name] = ArraySpec(
+            name=name, shape=(spec.rows,), dtype=np.dtype("<i4"), shard_rows=spec.bucket_rows, **common
+        )
+    return found
+
+
+def group_metadata(spec: StoreSpec) -> dict[str, Any]:
+    """The group's `zarr.json`."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: spec.to_json()}}
+
+
+def dump(data: Any) -> bytes:
+    """JSON as actstore writes it: sorted keys, so that equal content is equal bytes."""
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False).encode()

@@ -1,0 +1,138 @@
+"""Statistics of stored values, per site: what normalisation and calibration need, without another pass.
+
+Every bucket records float64 sums over its decoded values; `merge` adds them with `math.fsum`, which is correctly
+rounded, so the merged figures do not depend on the order of buckets or on who wrote them.
+"""
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.errors import StoreError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Sums over the rows of one site: what commit records hold."""
+
+    rows: int
+    total: NDArray[np.float64]
+    """Per dimension sum of values [d]."""
+    squares: NDArray[np.float64]
+    """Per dimension sum of squared values [d]."""
+    max_abs: float
+    """Largest magnitude; NaN if any value is NaN."""
+    saturated: int = 0
+    """Values outside the encoding's range; always 0 for lossless encodings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteStats:
+    """Statistics of a site over committed rows."""
+
+    rows: int
+    mean: NDArray[np.float64]
+    """Per dimension mean [d]."""
+    variance: NDArray[np.float64]
+    """Per dimension variance about the mean [d]."""
+    mean_sq_norm: float
+    """E||x||^2; Gemma Scope divides by its square root (arXiv 2408.05147, sec. 3.1)."""
+    max_abs: float
+    saturated: int
+
+
+@numba.njit(nogil=True, cache=True)
+def _accumulate(
+    rows: NDArray[np.float32], total: NDArray[np.float64], squares: NDArray[np.float64], top: float
+) -> float:
+    for i in range(rows.shape[0]):
+        for k in range(rows.shape[1]):
+            x = np.float64(rows[i, k])
+            total[k] += x
+            squares[k] += x * x
+            a = abs(x)
+            if not a <= top:
+                top = a if top == top else top
+    return top
+
+
+def sums(rows: NDArray[Any]) -> Sums:
+    """Sums of rows [n, d], given as bfloat16 bits (uint16) or float32."""
+    d = rows.shape[1]
+    total, squares, top = np.zeros(d), np.zeros(d), 0.0
+    block = max(1, (1 << 18) // d)
+    for start in range(0, rows.shape[0], block):
+        part = rows[start : start + block]
+        if part.dtype == np.uint16:
+            part = (part.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        top = _accumulate(part, total, squares, top)
+    return Sums(rows=rows.shape[0], total=total, squares=squares, max_abs=float(top))
+
+
+def merge(parts: Sequence[Sums]) -> Sums:
+    """The sums of all parts together; independent of their order."""
+
+    def add(columns: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+        table = np.stack(list(columns), axis=1)
+        return np.array([math.fsum(row) if np.isfinite(row).all() else row.sum() for row in table])
+
+    tops = np.array([p.max_abs for p in parts])
+    return Sums(
+        rows=sum(p.rows for p in parts),
+        total=add(p.total for p in parts),
+        squares=add(p.squares for p in parts),
+        max_abs=float(tops.max()),
+        saturated=sum(p.saturated for p in parts),
+    )
+
+
+def summarise(s: Sums) -> SiteStats:
+    """Mean, variance and norms from sums."""
+    mean = s.total / s.rows
+    return SiteStats(
+        rows=s.rows,
+        mean=mean,
+        variance=np.maximum(s.squares / s.rows - mean**2, 0.0),
+        mean_sq_norm=math.fsum(s.squares) / s.rows if np.isfinite(s.squares).all() else math.nan,
+        max_abs=s.max_abs,
+        saturated=s.saturated,
+    )
+
+
+def _pack(vector: NDArray[np.float64]) -> str:
+    return base64.b64encode(vector.astype("<f8").tobytes()).decode()
+
+
+def to_json(s: Sums) -> dict[str, Any]:
+    """JSON form: vectors as base64 of little-endian float64, the maximum as a C99 hexadecimal float."""
+    return {
+        "rows": s.rows,
+        "sum": _pack(s.total),
+        "sum_sq": _pack(s.squares),
+        "max_abs": s.max_abs.hex(),
+        "saturated": s.saturated,
+    }
+
+
+def from_json(data: Any, d: int, where: str) -> Sums:
+    """Parse and check `to_json`'s form; `StoreError` names the field."""
+    try:
+        if set(data) != {"rows", "sum", "sum_sq", "max_abs", "saturated"}:
+            raise ValueError(f"has fields {sorted(data)}")
+        rows, saturated = data["rows"], data["saturated"]
+        if not isinstance(rows, int) or not isinstance(saturated, int) or rows < 0 or saturated < 0:
+            raise ValueError(f"rows is {rows!r}, saturated is {saturated!r}")
+        total, squares = (np.frombuffer(base64.b64decode(data[k], validate=True), "<f8") for k in ("sum", "sum_sq"))
+        if len(total) != d or len(squares) != d:
+            raise ValueError(f"sum has {len(total)} and sum_sq {len(squares)} values, the site has {d}")
+        return Sums(
+            rows=rows, total=total, squares=squares, max_abs=float.fromhex(data["max_abs"]), saturated=saturated
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise StoreError(f"{where}: statistics are malformed ({e})") from e

@@ -1,0 +1,5 @@
+"""Streaming: a reading order that is a pure function, and the pipeline that carries it out."""
+
+from actstore.stream.dataset import ActivationDataset
+
+__all__ = ["ActivationDataset"]

@@ -1,0 +1,212 @@
+"""Reading order, version 1: a pure function of (plan, stream, position).
+
+The chunks of a store form one line in keyed order: round q of the line visits every committed bucket once, in an
+order keyed by the epoch, and takes from each the chunk that a keyed permutation puts in place q. So any window of
+the line spreads over as many buckets as it can. The line is dealt to S canonical streams like cards; the few chunks left
+over and the short chunks at bucket ends are cut so that all streams have the same number of rows, give or take one.
+
+Within a stream the cyclic chunk interleaver mixes K chunks (a convolutional interleaver; Forney 1971): slice j of
+piece i goes to slot (i + j) mod n, and the rows of a slot are permuted by a key of their own. Position -> row needs a
+few integers and no table over chunks, so a resumed reader starts anywhere at once. A changed order is a new version.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore import keyed
+
+ORDER_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The committed rows of a store, as far as their order is concerned."""
+
+    chunk_rows: int
+    chunks_per_bucket: int
+    """Of a full bucket."""
+    buckets: int
+    """Committed buckets; `place` numbers them from 0."""
+    short: tuple[tuple[int, int], ...] = ()
+    """(place, rows) of the buckets that are not full."""
+
+    @property
+    def rows(self) -> int:
+        """All committed rows."""
+        bucket_rows = self.chunk_rows * self.chunks_per_bucket
+        return self.buckets * bucket_rows - sum(bucket_rows - rows for _, rows in self.short)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A run of rows of one chunk."""
+
+    place: int
+    chunk: int
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """The slices that one output slot of a stream mixes, in slice order."""
+
+    pieces: tuple[int, ...]
+    """Piece number of each slice [K]."""
+    starts: NDArray[np.int64]
+    """First row of each slice within its chunk [K]."""
+    edges: NDArray[np.int64]
+    """Cumulative rows: slice j holds rows edges[j] to edges[j + 1] of the slot [K + 1]."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the slot."""
+        return int(self.edges[-1])
+
+
+class ChunkLine:
+    """The chunks of one epoch in reading order, without a table of them."""
+
+    def __init__(self, geometry: Geometry, seed: int, epoch: int, *, shuffle: bool) -> None:
+        """Locate the places of the line that short buckets leave empty; the only work, and it is small."""
+        self._g, self._seed, self._epoch, self._shuffle = geometry, seed, epoch, shuffle
+        holes = [
+            self._grid(place, chunk)
+            for place, rows in geometry.short
+            for chunk in range(rows // geometry.chunk_rows, geometry.chunks_per_bucket)
+        ]
+        ordered = np.sort(np.array(holes, np.int64))
+        self._skips = ordered - np.arange(len(ordered))
+        self.full = geometry.buckets * geometry.chunks_per_bucket - len(holes)
+        """Number of full chunks."""
+        self.short_chunks = tuple(
+            Piece(place=place, chunk=rows // geometry.chunk_rows, start=0, rows=rows % geometry.chunk_rows)
+            for place, rows in geometry.short
+            if rows % geometry.chunk_rows
+        )
+
+    def _bucket_key(self) -> int:
+        return keyed.key(self._seed, "epoch", self._epoch, "buckets")
+
+    def _chunk_key(self, place: int) -> int:
+        return keyed.key(self._seed, "epoch", self._epoch, "chunks", place)
+
+    def _grid(self, place: int, chunk: int) -> int:
+        g = self._g
+        if not self._shuffle:
+            return place * g.chunks_per_bucket + chunk
+        column = int(keyed.invert(place, g.buckets, self._bucket_key())[0])
+        turn = int(keyed.invert(chunk, g.chunks_per_bucket, self._chunk_key(place))[0])
+        return turn * g.buckets + column
+
+    def chunk(self, position: int) -> tuple[int, int]:
+        """(place, chunk) of the full chunk at a position of the line."""
+        g = self._g
+        grid = position + int(np.searchsorted(self._skips, position, side="right"))
+        if not self._shuffle:
+            return divmod(grid, g.chunks_per_bucket)
+        turn, column = divmod(grid, g.buckets)
+        place = int(keyed.permute(column, g.buckets, self._bucket_key())[0])
+        return place, int(keyed.permute(turn, g.chunks_per_bucket, self._chunk_key(place))[0])
+
+
+def _cut(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+    """Rows start to stop of a sequence of pieces."""
+    found: list[Piece] = []
+    offset = 0
+    for p in pieces:
+        low, high = max(start - offset, 0), min(stop - offset, p.rows)
+        if low < high:
+            found.append(Piece(place=p.place, chunk=p.chunk, start=p.start + low, rows=high - low))
+        offset += p.rows
+    return found
+
+
+class StreamOrder:
+    """One canonical stream of one epoch."""
+
+    def __init__(
+        self, geometry: Geometry, *, seed: int, epoch: int, streams: int, stream: int, mix: int, shuffle: bool
+    ) -> None:
+        """Stream `stream` of `streams`, mixing `mix` chunks (K)."""
+        self._line = ChunkLine(geometry, seed, epoch, shuffle=shuffle)
+        self._g, self._streams, self._stream = geometry, streams, stream
+        self._mix, self._shuffle = mix, shuffle
+        self._seed, self._epoch = seed, epoch
+        self._bulk = self._line.full // streams
+        left = [self._full_piece(p) for p in range(self._bulk * streams, self._line.full)]
+        left.extend(self._line.short_chunks)
+        rows = sum(p.rows for p in left)
+        self._tail = _cut(left, stream * rows // streams, (stream + 1) * rows // streams)
+        self.pieces = self._bulk + len(self._tail)
+        """Number of pieces, and of slots (n)."""
+        self.rows = self._bulk * geometry.chunk_rows + sum(p.rows for p in self._tail)
+        """Rows of this stream."""
+        deficits = np.zeros((0, 2), np.int64)
+        if self._tail:
+            deficits = np.array([self._deficit(i, j) for i in range(self._bulk, self.pieces) for j in range(mix)])
+            deficits = deficits[np.argsort(deficits[:, 0], kind="stable")]
+        self._deficit_slots = deficits[:, 0]
+        self._deficit_sums = np.concatenate([[0], np.cumsum(deficits[:, 1])])
+
+    def _full_piece(self, position: int) -> Piece:
+        place, chunk = self._line.chunk(position)
+        return Piece(place=place, chunk=chunk, start=0, rows=self._g.chunk_rows)
+
+    def piece(self, i: int) -> Piece:
+        """Piece i, 0 <= i < n."""
+        if i < self._bulk:
+            return self._full_piece(i * self._streams + self._stream)
+        return self._tail[i - self._bulk]
+
+    def _slice(self, rows: int, j: int) -> tuple[int, int]:
+        return j * rows // self._mix, (j + 1) * rows // self._mix
+
+    def _deficit(self, i: int, j: int) -> tuple[int, int]:
+        """(slot, rows missing there) because piece i is shorter than a chunk, for its slice j."""
+        full = self._slice(self._g.chunk_rows, j)
+        here = self._slice(self._tail[i - self._bulk].rows, j)
+        return (i + j) % self.pieces, (full[1] - full[0]) - (here[1] - here[0])
+
+    def first_row(self, slot: int) -> int:
+        """Position in the stream of the first row of a slot; `first_row(n) == rows`."""
+        missing = self._deficit_sums[np.searchsorted(self._deficit_slots, slot, side="left")]
+        return slot * self._g.chunk_rows - int(missing)
+
+    def slot_at(self, position: int) -> int:
+        """The slot that holds a position of the stream, 0 <= position < rows."""
+        low, high = position // self._g.chunk_rows, self.pieces - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.first_row(middle) <= position:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def slot(self, t: int) -> Slot:
+        """What slot t mixes."""
+        numbers = tuple((t - j) % self.pieces for j in range(self._mix))
+        starts = np.empty(self._mix, np.int64)
+        edges = np.zeros(self._mix + 1, np.int64)
+        for j, i in enumerate(numbers):
+            p = self.piece(i)
+            low, high = self._slice(p.rows, j)
+            starts[j] = p.start + low
+            edges[j + 1] = edges[j] + high - low
+        return Slot(pieces=numbers, starts=starts, edges=edges)
+
+    def rows_of(self, t: int, slot: Slot, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For output rows start to stop of slot t: slice number and row within the slice's chunk."""
+        index = np.arange(start, stop)
+        if self._shuffle:
+            key = keyed.key(self._seed, "epoch", self._epoch, "slot", self._stream, t)
+            index = keyed.permute(index, slot.rows, key)
+        slices = np.searchsorted(slot.edges, index, side="right") - 1
+        return slices, slot.starts[slices] + index - slot.edges[slices]
+
+    def last_use(self, i: int) -> int:
+        """The last slot that needs piece i, where pieces that wrap around are loaded twice."""
+        return min(i + self._mix, self.pieces) - 1
