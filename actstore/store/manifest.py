@@ -1,13 +1,14 @@
 """The manifest: all commit records in one parquet file, so that opening a store is one read and no listing.
 
-`manifest/<n>.parquet` has one row a bucket: `bucket`, `attempt`, and per array `<array>/crc32c` and `<array>/chunks`
-(stored bytes of every chunk of the bucket, in order). The file's schema metadata holds the merged statistics. A new
-manifest gets the next number and is created conditionally; readers take the greatest. Buckets committed after it are
+`manifest/<n>-<crc32c>.parquet` has one row a bucket: `bucket`, `attempt`, and per array `<array>/crc32c` and `<array>/chunks`
+(stored bytes of every chunk of the bucket, in order). The file's schema metadata holds the merged statistics. Its name
+holds its crc32c, which readers check. A new manifest gets the next number; readers take the greatest. Buckets committed after it are
 read from their own records.
 """
 
 import io
 import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from actstore.errors import StoreError
-from actstore.store import record, stats
+from actstore.errors import IntegrityError, StoreError
+from actstore.store import codec, record, stats
 from actstore.store.shard import index_bytes
 from actstore.store.spec import ArraySpec, StoreSpec, arrays
 from actstore.store.storage import Storage
@@ -128,7 +129,7 @@ def load(storage: Storage, spec: StoreSpec) -> Index:
     """The committed buckets: from the newest manifest if it covers the whole store, else from the records."""
     keys = manifest_keys(storage)
     if keys:
-        index = _from_parquet(storage.get(keys[-1]), spec, keys[-1])
+        index = _read(storage, spec, keys[-1])
         if len(index.buckets) == spec.buckets:
             return index
     return _index_of_records(spec, _read_records(storage, spec, sorted(committed_buckets(storage, spec))))
@@ -143,13 +144,27 @@ def consolidate(storage: Storage, spec: StoreSpec) -> None:
     keys = manifest_keys(storage)
     if keys and storage.get(keys[-1]) == data:
         return
-    number = int(keys[-1].removeprefix("manifest/").removesuffix(".parquet")) + 1 if keys else 0
-    storage.create(f"manifest/{number:08d}.parquet", data)
+    number = _number_and_crc(keys[-1])[0] + 1 if keys else 0
+    storage.create(f"manifest/{number:08d}-{codec.crc32c(data):08x}.parquet", data)
+
+
+def _number_and_crc(key: str) -> tuple[int, int]:
+    found = re.fullmatch(r"manifest/(\d{8})-([0-9a-f]{8})\.parquet", key)
+    if not found:
+        raise StoreError(f"{key}: not the name of a manifest")
+    return int(found[1]), int(found[2], 16)
+
+
+def _read(storage: Storage, spec: StoreSpec, key: str) -> Index:
+    data = storage.get(key)
+    if codec.crc32c(data) != _number_and_crc(key)[1]:
+        raise IntegrityError(f"{key}: is not what its name's crc32c says; delete it, the commit records hold the same")
+    return _from_parquet(data, spec, key)
 
 
 def agrees(storage: Storage, spec: StoreSpec, key: str) -> bool:
     """Whether a manifest says what the commit records of its buckets say."""
-    index = _from_parquet(storage.get(key), spec, key)
+    index = _read(storage, spec, key)
     again = _index_of_records(spec, _read_records(storage, spec, index.buckets.tolist()))
     return _to_parquet(spec, index) == _to_parquet(spec, again)
 

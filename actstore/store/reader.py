@@ -82,7 +82,9 @@ class Store:
         """Statistics of a site over all committed rows."""
         self.check_site(site)
         if not self.index.stats:
-            raise StoreError(f"{self.url} has no committed bucket yet, so it has no statistics; let a capture finish one")
+            raise StoreError(
+                f"{self.url} has no committed bucket yet, so it has no statistics; let a capture finish one"
+            )
         return stats.summarise(self.index.stats[site])
 
     def check_site(self, site: str) -> None:

@@ -5,16 +5,16 @@ long every chunk is (so that no reader needs a shard's index), the crc32c of eve
 all metadata it is read as untrusted: numbers that contradict the store's spec raise `StoreError`.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from actstore.errors import StoreError
 from actstore.store import stats
 from actstore.store.shard import index_bytes
-from actstore.store.spec import FORMAT_VERSION, ArraySpec, StoreSpec, arrays, dump
+from actstore.store.spec import FORMAT_VERSION, SEAL, UNSEALED, ArraySpec, StoreSpec, arrays, dump, load_sealed
 
 MAX_CHUNK_BYTES = (1 << 32) - 1
+FIELDS = {"format_version", SEAL, "bucket", "attempt", "rows", "shards", "stats"}
 
 
 def commit_key(bucket: int) -> str:
@@ -60,9 +60,7 @@ def shard_count(array: ArraySpec, rows: int) -> int:
 def chunk_counts(array: ArraySpec, rows: int) -> list[int]:
     """Chunks present in each of the shards of a bucket of so many rows."""
     chunks = -(-rows // array.chunk_rows)
-    return [
-        min(array.chunks_per_shard, chunks - i * array.chunks_per_shard) for i in range(shard_count(array, rows))
-    ]
+    return [min(array.chunks_per_shard, chunks - i * array.chunks_per_shard) for i in range(shard_count(array, rows))]
 
 
 def to_bytes(record: CommitRecord) -> bytes:
@@ -70,6 +68,7 @@ def to_bytes(record: CommitRecord) -> bytes:
     return dump(
         {
             "format_version": FORMAT_VERSION,
+            SEAL: UNSEALED,
             "bucket": record.bucket,
             "attempt": record.attempt,
             "rows": record.rows,
@@ -85,13 +84,8 @@ def to_bytes(record: CommitRecord) -> bytes:
 def from_bytes(data: bytes, spec: StoreSpec, bucket: int) -> CommitRecord:
     """Parse and check a record against the spec; `StoreError` names the object and what is wrong."""
     where = commit_key(bucket)
-    try:
-        parsed = json.loads(data)
-    except ValueError as e:
-        raise StoreError(f"{where}: not JSON ({e})") from e
-    if not isinstance(parsed, dict) or set(parsed) != {
-        "format_version", "bucket", "attempt", "rows", "shards", "stats",
-    }:  # fmt: skip
+    parsed = load_sealed(data, where)
+    if not isinstance(parsed, dict) or set(parsed) != FIELDS:
         raise StoreError(f"{where}: not a commit record")
     first, stop = spec.bucket_range(bucket)
     expected = {"format_version": FORMAT_VERSION, "bucket": bucket, "rows": stop - first}

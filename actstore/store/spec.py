@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import keyed
-from actstore.errors import StoreError
+from actstore.errors import IntegrityError, StoreError
 from actstore.store import codec as codecs
 from actstore.store.bfloat16 import NATIVE as BFLOAT16
 
@@ -23,6 +23,17 @@ ATTRIBUTE = "actstore"
 GROUP_KEY = "zarr.json"
 PROVENANCE_ARRAYS = ("sequence", "position", "token_id")
 """Row-aligned int32 arrays beside the sites."""
+
+SEAL = "object_crc32c"
+"""Field of sealed JSON objects: crc32c of the object's bytes as they are with UNSEALED in its place."""
+UNSEALED = "00000000"
+
+
+def _seal(value: str) -> bytes:
+    return f'"{SEAL}": "{value}"'.encode()
+
+
+_SEALED = re.compile(rb'"object_crc32c": "([0-9a-f]{8})"')
 
 EncodingName = Literal["bf16", "f32"]
 DTYPES: dict[str, np.dtype[Any]] = {"bf16": BFLOAT16, "f32": np.dtype("<f4")}
@@ -89,7 +100,7 @@ class StoreSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The group's `actstore` attribute."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        return {"format_version": FORMAT_VERSION, SEAL: UNSEALED, **asdict(self)}
 
 
 def _check_fields(spec: StoreSpec) -> None:
@@ -124,8 +135,10 @@ def spec_from_json(data: Any, where: str) -> StoreSpec:
         raise StoreError(f"{where}: the group has no '{ATTRIBUTE}' attribute, so this is not an activation store")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
-        raise StoreError(f"{where}: format version is {version!r}, this actstore reads {FORMAT_VERSION}; update actstore")
-    fields = {k: v for k, v in data.items() if k != "format_version"}
+        raise StoreError(
+            f"{where}: format version is {version!r}, this actstore reads {FORMAT_VERSION}; update actstore"
+        )
+    fields = {k: v for k, v in data.items() if k not in ("format_version", SEAL)}
     expected = set(StoreSpec.__dataclass_fields__)
     if set(fields) != expected:
         raise StoreError(f"{where}: fields are {sorted(fields)}, expected {sorted(expected)}")
@@ -207,11 +220,28 @@ def arrays(spec: StoreSpec) -> dict[str, ArraySpec]:
     return found
 
 
-def group_metadata(spec: StoreSpec) -> dict[str, Any]:
+def group_metadata(spec: StoreSpec) -> bytes:
     """The group's `zarr.json`."""
-    return {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: spec.to_json()}}
+    return dump({"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: spec.to_json()}})
 
 
 def dump(data: Any) -> bytes:
-    """JSON as actstore writes it: sorted keys, so that equal content is equal bytes."""
-    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False).encode()
+    """JSON as actstore writes it: sorted keys, so that equal content is equal bytes; sealed where it has the field."""
+    plain = json.dumps(data, indent=1, sort_keys=True, allow_nan=False).encode()
+    return plain.replace(_seal(UNSEALED), _seal(f"{codecs.crc32c(plain):08x}"), 1)
+
+
+def load_sealed(data: bytes, where: str) -> Any:
+    """Parse sealed JSON; `IntegrityError` if a byte of it changed, `StoreError` if it was never sealed JSON."""
+    found = _SEALED.search(data)
+    if found:
+        plain = data.replace(found[0], _seal(UNSEALED), 1)
+        if f"{codecs.crc32c(plain):08x}" != found[1].decode():
+            raise IntegrityError(f"{where}: does not match its own {SEAL}; the object is damaged")
+    try:
+        parsed = json.loads(data)
+    except ValueError as e:
+        raise StoreError(f"{where}: not JSON ({e})") from e
+    if not found and isinstance(parsed, dict) and SEAL in str(parsed):
+        raise IntegrityError(f"{where}: its {SEAL} is unreadable; the object is damaged")
+    return parsed

@@ -48,31 +48,40 @@ class SiteStats:
 
 
 @numba.njit(nogil=True, cache=True)
-def _accumulate(
-    rows: NDArray[np.float32], total: NDArray[np.float64], squares: NDArray[np.float64], top: float
-) -> float:
-    for i in range(rows.shape[0]):
-        for k in range(rows.shape[1]):
-            x = np.float64(rows[i, k])
-            total[k] += x
-            squares[k] += x * x
-            a = abs(x)
-            if not a <= top:
-                top = a if top == top else top
-    return top
+def _accumulate(rows: NDArray[np.float32], total: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
+    n, d = rows.shape
+    whole = n - n % 4
+    for i in range(0, whole, 4):
+        r0, r1, r2, r3 = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
+        for k in range(d):
+            a, b = np.float64(r0[k]), np.float64(r1[k])
+            c, e = np.float64(r2[k]), np.float64(r3[k])
+            total[k] += (a + b) + (c + e)
+            squares[k] += (a * a + b * b) + (c * c + e * e)
+    for i in range(whole, n):
+        for k in range(d):
+            a = np.float64(rows[i, k])
+            total[k] += a
+            squares[k] += a * a
 
 
 def sums(rows: NDArray[Any]) -> Sums:
     """Sums of rows [n, d], given as bfloat16 bits (uint16) or float32."""
     d = rows.shape[1]
-    total, squares, top = np.zeros(d), np.zeros(d), 0.0
-    block = max(1, (1 << 18) // d)
+    total, squares = np.zeros(d), np.zeros(d)
+    bits = rows if rows.dtype == np.uint16 else rows.view(np.uint32)
+    magnitude = bits.dtype.type(0x7FFF if bits.dtype == np.uint16 else 0x7FFFFFFF)
+    block = max(4, (1 << 16) // d // 4 * 4)
+    top = 0
     for start in range(0, rows.shape[0], block):
-        part = rows[start : start + block]
-        if part.dtype == np.uint16:
-            part = (part.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        top = _accumulate(part, total, squares, top)
-    return Sums(rows=rows.shape[0], total=total, squares=squares, max_abs=float(top))
+        part = bits[start : start + block]
+        # without the sign bit the order of bits is the order of magnitudes, NaN last
+        top = max(top, int((part & magnitude).max()))
+        values = part.astype(np.uint32) << np.uint32(16) if part.dtype == np.uint16 else part
+        _accumulate(values.view(np.float32), total, squares)
+    top_bits = top << 16 if bits.dtype == np.uint16 else top
+    max_abs = float(np.array([top_bits], np.uint32).view(np.float32)[0])
+    return Sums(rows=rows.shape[0], total=total, squares=squares, max_abs=max_abs)
 
 
 def merge(parts: Sequence[Sums]) -> Sums:

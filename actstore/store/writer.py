@@ -5,8 +5,6 @@ of its commit record and by nothing else; the creation succeeds once. What a dea
 by the next one and never read before that.
 """
 
-import contextlib
-import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -28,6 +26,7 @@ from actstore.store.spec import (
     arrays,
     dump,
     group_metadata,
+    load_sealed,
     spec_from_json,
 )
 from actstore.store.storage import Storage, open_storage
@@ -144,15 +143,14 @@ def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int |
     Raises `MismatchError` naming every field that differs, `StoreError` if something else lives at the URL.
     """
     storage = open_storage(url)
-    group = dump(group_metadata(spec))
     if not storage.exists(GROUP_KEY):
         for array in arrays(spec).values():
             storage.put(f"{array.name}/zarr.json", dump(array.metadata()))
-        if storage.create(GROUP_KEY, group):
+        if storage.create(GROUP_KEY, group_metadata(spec)):
             return StoreWriter(storage, spec, threads=threads)
     found = read_spec(storage)
     if found != spec:
-        flat = (flatten(found.to_json()), flatten(json.loads(group)["attributes"][ATTRIBUTE]))
+        flat = (flatten(found.to_json()), flatten(spec.to_json()))
         raise mismatch(
             f"the store at {storage.url}", *flat, remedy="Use the same settings to continue it, or another --out."
         )
@@ -170,11 +168,11 @@ def open_writer(url: str | os.PathLike[str], *, threads: int | None = None) -> S
 def read_spec(storage: Storage) -> StoreSpec:
     """The spec of the store in `storage`; `StoreError` if there is none."""
     if not storage.exists(GROUP_KEY):
-        raise StoreError(f"no activation store at {storage.url}: it has no {GROUP_KEY}. Make one with: actstore capture")
+        raise StoreError(
+            f"no activation store at {storage.url}: it has no {GROUP_KEY}. Make one with: actstore capture"
+        )
     where = f"{storage.url}/{GROUP_KEY}"
-    parsed: Any = None
-    with contextlib.suppress(ValueError):
-        parsed = json.loads(storage.get(GROUP_KEY))
+    parsed = load_sealed(storage.get(GROUP_KEY), where)
     attributes = parsed.get("attributes") if isinstance(parsed, dict) else None
     return spec_from_json(attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None, where)
 

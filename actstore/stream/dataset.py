@@ -176,7 +176,9 @@ class ActivationDataset(IterableDataset[Any]):
         """One epoch, or the rest of one after `load_state_dict`; the epoch then advances."""
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
-            raise StreamError(f"num_workers is {worker.num_workers}; the loader has threads of its own, use num_workers=0")
+            raise StreamError(
+                f"num_workers is {worker.num_workers}; the loader has threads of its own, use num_workers=0"
+            )
         if os.getpid() != self._pid:
             # Threads and most object-store clients do not survive a fork; start afresh in the child.
             self._pipeline, self._meter, self._pid = None, Meter(), os.getpid()

@@ -1,0 +1,73 @@
+"""What both command lines share: error messages and exit codes, tables, JSON results."""
+
+import dataclasses
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from actstore.errors import ActstoreError
+
+DEBUG = "ACTSTORE_DEBUG"
+"""Environment variable; set it to see the traceback behind an error message."""
+
+
+def run(command: Callable[[], None]) -> int:
+    """Run a command; returns its exit code: 0, 1 (it failed), 2 (bad arguments) or 130 (interrupted)."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        print("interrupted; what is committed stays, the same command continues", file=sys.stderr)
+        return 130
+    except ActstoreError as e:
+        return _fail(str(e), 1)
+    except ValueError as e:
+        return _fail(str(e), 2)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            where = f" ({e.filename})" if e.filename else ""
+            return _fail(f"no space left on the device{where}; free some and run the same command again", 1)
+        return _fail(str(e), 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get(DEBUG):
+        raise  # noqa: PLE0704  always called from an except block
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def write_json(file: Path | None, figures: Any) -> None:
+    """Write a command's figures, if the user asked for the file."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        data = dataclasses.asdict(figures) if dataclasses.is_dataclass(figures) else figures  # pyright: ignore[reportArgumentType]
+        file.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def print_table(title: str, rows: Mapping[str, Any] | list[tuple[Any, ...]], *, header: tuple[str, ...] = ()) -> None:
+    """Print figures on standard output: a mapping as two columns, a list of tuples under `header`."""
+    table = Table(title=title, title_justify="left", show_header=bool(header), header_style="bold")
+    lines = list(rows.items()) if isinstance(rows, Mapping) else rows
+    for i in range(len(lines[0]) if lines else len(header)):
+        table.add_column(header[i] if header else "", justify="left" if i == 0 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*(escape(figure(v)) for v in line))
+    Console(soft_wrap=True).print(table)
+
+
+def figure(value: Any) -> str:
+    """A value as tables show it: thousands separated, four significant digits."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

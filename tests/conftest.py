@@ -1,0 +1,77 @@
+"""Shared fixtures: a small store with known content."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actstore.store import SiteSpec, StoreSpec, create_store
+
+
+@dataclass(frozen=True)
+class Known:
+    """A store and what must be in it, by row before the shuffle inside buckets."""
+
+    url: str
+    spec: StoreSpec
+    sites: dict[str, np.ndarray]
+
+    @property
+    def stored(self) -> dict[str, np.ndarray]:
+        """The sites in stored order."""
+        out = {k: np.empty_like(v) for k, v in self.sites.items()}
+        for b in range(self.spec.buckets):
+            first, stop = self.spec.bucket_range(b)
+            place = first + self.spec.permutation(b)
+            for k, v in self.sites.items():
+                out[k][place] = v[first:stop]
+        return out
+
+
+SPEC = StoreSpec(
+    sites={"resid_post.3": SiteSpec(d=24), "mlp_out.3": SiteSpec(d=7, encoding="f32")},
+    rows=1000,
+    bucket_rows=256,
+    shard_rows=64,
+    chunk_rows=16,
+)
+
+
+def random_sites(spec: StoreSpec, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    out: dict[str, np.ndarray] = {}
+    for name, site in spec.sites.items():
+        bits = rng.integers(0, 1 << 32, (spec.rows, site.d), dtype=np.uint32)  # every bit pattern, NaN too
+        out[name] = (bits >> 16).astype(np.uint16) if site.encoding == "bf16" else bits.view(np.float32)
+    return out
+
+
+def write_known(url: str | Path, spec: StoreSpec = SPEC, *, buckets: Any = None, finalise: bool = True) -> Known:
+    """Write random bits; `sequence` holds the row number, so that every delivered row can be checked."""
+    known = Known(str(url), spec, random_sites(spec))
+    writer = create_store(url, spec, threads=2)
+    stored = known.stored
+    for b in range(spec.buckets) if buckets is None else buckets:
+        first, stop = spec.bucket_range(b)
+        n = stop - first
+        place = spec.permutation(b)
+        row, zeros = np.empty(n, np.int32), np.zeros(n, np.int32)
+        row[place] = np.arange(first, stop)
+        made = writer.write_bucket(
+            b, {k: v[first:stop] for k, v in stored.items()}, sequence=row, position=row % 7, token_id=zeros
+        )
+        assert made is not None
+    if finalise:
+        writer.finalise()
+    return known
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Known:
+    """A finished store of 1000 rows: four buckets, the last one short, its last chunk too."""
+    return write_known(tmp_path / "store")
+
+
+__all__ = ["SPEC", "Known", "random_sites", "replace", "write_known"]
