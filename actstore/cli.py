@@ -125,7 +125,9 @@ def verify(url: Positional[str], *, deep: bool = False, json: Json = None) -> No
     console.write_json(json, {"buckets": len(store.index.buckets), "damaged": [vars(d) for d in damage]})
     if damage:
         sys.exit(1)
-    print(f"{len(store.index.buckets)} committed buckets are intact{'' if deep else ' (sizes only; --deep reads them)'}")
+    print(
+        f"{len(store.index.buckets)} committed buckets are intact{'' if deep else ' (sizes only; --deep reads them)'}"
+    )
 
 
 def _show(report: "object", json: Path | None) -> None:

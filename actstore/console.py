@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -50,7 +51,16 @@ def write_json(file: Path | None, figures: Any) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         data = dataclasses.asdict(figures) if dataclasses.is_dataclass(figures) else figures  # pyright: ignore[reportArgumentType]
-        file.write_text(json.dumps(data, indent=1) + "\n")
+        file.write_text(json.dumps(_strict(data), indent=1, allow_nan=False, default=str) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinities: they become null."""
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(title: str, rows: Mapping[str, Any] | list[tuple[Any, ...]], *, header: tuple[str, ...] = ()) -> None:
