@@ -165,9 +165,13 @@ def _loader_rate(
     """GB/s of batches for about `seconds`, after one batch."""
     streams = next(s for s in (8, 4, 2, 1) if batch_size % s == 0)
     dataset = ActivationDataset(
-        store, sites=site, batch_size=min(batch_size, store.rows // streams * streams), streams=streams, threads=threads,
+        store,
+        sites=site,
+        batch_size=min(batch_size, store.rows // streams * streams),
+        streams=streams,
+        threads=threads,
         shuffle=shuffle,
-    )  # fmt: skip
+    )
     with dataset:
         moved, began = 0, time.perf_counter()
         first = True

@@ -45,7 +45,7 @@ def demo(*, out: Path = Path("demo"), json: Json = None) -> None:
 @app.command
 def tokenize(config: OmitArgPrefixes[TokenizeConfig], *, json: Json = None) -> None:
     """Turn documents into a token table: packed sequences in keyed random order."""
-    from actstore.tokens.tokenize import tokenize as run
+    from actstore.tokens import tokenize as run
 
     with Progress() as progress:
         table = run(config, progress)

@@ -44,7 +44,7 @@ def _mix(z: np.uint64) -> np.uint64:
 
 
 @numba.njit(nogil=True, cache=True)
-def _walk(index: NDArray[np.uint64], n: np.uint64, key: np.uint64, inverse: bool, out: NDArray[np.int64]) -> None:
+def _walk(index: NDArray[np.uint64], n: np.uint64, key: np.uint64, inverse: bool, out: NDArray[np.int64]) -> None:  # noqa: FBT001  compiled functions take no keywords
     bits = np.uint64(1)
     while (_ONE << bits) < n:
         bits += _ONE

@@ -17,7 +17,9 @@ def geometries(draw: st.DrawFn) -> Geometry:
     chunk_rows, chunks, buckets = draw(st.integers(1, 9)), draw(st.integers(1, 7)), draw(st.integers(1, 6))
     full = chunk_rows * chunks
     short = draw(st.dictionaries(st.integers(0, buckets - 1), st.integers(1, full - 1))) if full > 1 else {}
-    return Geometry(chunk_rows=chunk_rows, chunks_per_bucket=chunks, buckets=buckets, short=tuple(sorted(short.items())))
+    return Geometry(
+        chunk_rows=chunk_rows, chunks_per_bucket=chunks, buckets=buckets, short=tuple(sorted(short.items()))
+    )
 
 
 def stream_rows(order: StreamOrder) -> list[Row]:
@@ -44,13 +46,9 @@ def order(g: Geometry, stream: int = 0, **changes: int | bool) -> StreamOrder:
     return StreamOrder(g, stream=stream, **settings)  # type: ignore[arg-type]
 
 
-@given(
-    g=geometries(), streams=st.integers(1, 8), mix=st.integers(1, 9), seed=st.integers(0, 99), shuffle=st.booleans()
-)
+@given(g=geometries(), streams=st.integers(1, 8), mix=st.integers(1, 9), seed=st.integers(0, 99), shuffle=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_every_row_exactly_once_in_equal_streams(
-    g: Geometry, streams: int, mix: int, seed: int, shuffle: bool
-) -> None:
+def test_every_row_exactly_once_in_equal_streams(g: Geometry, streams: int, mix: int, seed: int, shuffle: bool) -> None:
     parts = [
         order(g, s, streams=streams, mix=mix if shuffle else 1, seed=seed, shuffle=shuffle) for s in range(streams)
     ]
@@ -63,7 +61,9 @@ def test_every_row_exactly_once_in_equal_streams(
 
 @given(g=geometries(), streams=st.integers(1, 4), mix=st.integers(1, 9), data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_any_position_is_found_without_the_ones_before(g: Geometry, streams: int, mix: int, data: st.DataObject) -> None:
+def test_any_position_is_found_without_the_ones_before(
+    g: Geometry, streams: int, mix: int, data: st.DataObject
+) -> None:
     o = order(g, streams=streams, mix=mix)
     if not o.rows:
         return
@@ -137,4 +137,26 @@ def test_golden_order() -> None:
     assert ORDER_VERSION == 1
     g = Geometry(chunk_rows=4, chunks_per_bucket=4, buckets=3, short=((2, 10),))
     rows = stream_rows(order(g, 1, streams=2, mix=2, seed=7, epoch=3))
-    assert [p * 100 + c * 10 + r for p, c, r in rows] == [31, 221, 30, 32, 0, 1, 33, 3, 201, 2, 200, 101, 100, 202, 203, 21, 103, 102, 20, 23, 22]
+    assert [p * 100 + c * 10 + r for p, c, r in rows] == [
+        31,
+        221,
+        30,
+        32,
+        0,
+        1,
+        33,
+        3,
+        201,
+        2,
+        200,
+        101,
+        100,
+        202,
+        203,
+        21,
+        103,
+        102,
+        20,
+        23,
+        22,
+    ]

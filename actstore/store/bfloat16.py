@@ -17,7 +17,6 @@ import numpy as np
 from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
 from zarr.dtype import ZDType, data_type_registry
 
-
 NATIVE = np.dtype(ml_dtypes.bfloat16)
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -91,7 +90,7 @@ class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
 
     def to_json_scalar(self, data: object, *, zarr_format: Literal[2, 3]) -> Any:  # noqa: ARG002  zarr's signature
         """Write a fill value."""
-        value = float(cast(Any, data))
+        value = float(cast("Any", data))
         if math.isnan(value):
             bits = int(np.asarray(data, NATIVE).view(np.uint16))
             return "NaN" if bits == 0x7FC0 else f"0x{bits:04x}"

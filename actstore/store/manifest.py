@@ -1,9 +1,9 @@
 """The manifest: all commit records in one parquet file, so that opening a store is one read and no listing.
 
-`manifest/<n>-<crc32c>.parquet` has one row a bucket: `bucket`, `attempt`, and per array `<array>/crc32c` and `<array>/chunks`
-(stored bytes of every chunk of the bucket, in order). The file's schema metadata holds the merged statistics. Its name
-holds its crc32c, which readers check. A new manifest gets the next number; readers take the greatest. Buckets committed after it are
-read from their own records.
+`manifest/<n>-<crc32c>.parquet` has one row a bucket: `bucket`, `attempt`, and per array `<array>/crc32c` and
+`<array>/chunks` (stored bytes of every chunk of the bucket, in order). The file's schema metadata holds the merged
+statistics. Its name holds its crc32c, which readers check. A new manifest gets the next number; readers take the
+greatest. Buckets committed after it are read from their own records.
 """
 
 import io

@@ -1,8 +1,9 @@
 """One shard object: encoded chunks one after another, then zarr's sharding index.
 
-The bytes are what zarr v3's `sharding_indexed` codec (zarr-specs, codecs/sharding-indexed v1.0) defines with the index at the
-end: for every inner chunk in C order two little-endian uint64, offset and length, both 2^64-1 where a chunk is absent;
-then the index's crc32c. actstore writes chunks contiguously from offset 0, so that lengths alone locate them.
+The bytes are what zarr v3's `sharding_indexed` codec (zarr-specs, codecs/sharding-indexed v1.0) defines with the
+index at the end: for every inner chunk in C order two little-endian uint64, offset and length, both 2^64-1 where a
+chunk is absent; then the index's crc32c. actstore writes chunks contiguously from offset 0, so that lengths alone
+locate them.
 """
 
 from collections.abc import Sequence

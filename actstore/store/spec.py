@@ -105,7 +105,7 @@ class StoreSpec:
 
 def _check_fields(spec: StoreSpec) -> None:
     for name in ("rows", "bucket_rows", "shard_rows", "chunk_rows", "seed"):
-        value = getattr(spec, name)
+        value: object = getattr(spec, name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, expected a whole number")
     if not 0 < spec.rows <= MAX_ROWS:
@@ -123,7 +123,7 @@ def _check_fields(spec: StoreSpec) -> None:
     for name, site in spec.sites.items():
         if not _SITE_NAME.fullmatch(name) or name in (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest"):
             raise ValueError(f"site name {name!r} can't be used: expected a name such as resid_post.12")
-        if not isinstance(site.d, int) or not 0 < site.d <= MAX_D:
+        if type(site.d) is not int or not 0 < site.d <= MAX_D:
             raise ValueError(f"site {name}: d is {site.d!r}, expected 1 to {MAX_D}")
         if site.encoding not in DTYPES:
             raise ValueError(f"site {name}: encoding is {site.encoding!r}, expected one of {', '.join(DTYPES)}")

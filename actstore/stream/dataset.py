@@ -1,8 +1,8 @@
 """`ActivationDataset`: shuffled batches of a store for any trainer.
 
 Every batch is a pure function of (store, sites, seed, epoch, step): the same for any number of ranks that divides
-`streams`, for any kill and resume, with or without a DataLoader. State is a few integers. Threads do the work; use it bare or
-in `DataLoader(ds, batch_size=None)`, never with several worker processes.
+`streams`, for any kill and resume, with or without a DataLoader. State is a few integers. Threads do the work; use it
+bare or in `DataLoader(ds, batch_size=None)`, never with several worker processes.
 """
 
 import os
@@ -146,8 +146,8 @@ class ActivationDataset(IterableDataset[Any]):
         fixed = batches + self._threads * chunk
         if budget < fixed + (needed + 1) * chunk:
             raise ValueError(
-                f"memory_budget {budget} is too small: {needed + 1} chunks of {chunk} bytes and {fixed} bytes of batches "
-                f"and reads in flight need {fixed + (needed + 1) * chunk}; lower shuffle_chunks, prefetch or batch_size"
+                f"memory_budget {budget} is too small: {needed + 1} chunks of {chunk} bytes and {fixed} bytes of "
+                f"batches and reads need {fixed + (needed + 1) * chunk}; lower shuffle_chunks, prefetch or batch_size"
             )
         return min((budget - fixed) // chunk, 2 * needed + 4 * self._threads)
 
@@ -155,7 +155,10 @@ class ActivationDataset(IterableDataset[Any]):
         """Batches of an epoch, the same on every rank."""
         p, rows = self._plan, self._geometry.rows
         share = p.batch_size // p.streams
-        return rows // p.streams // share if p.drop_last else -(-(-(-rows // p.streams)) // share)
+        if p.drop_last:
+            return rows // p.streams // share
+        longest = -(-rows // p.streams)
+        return -(-longest // share)
 
     def _orders(self) -> dict[int, StreamOrder]:
         p = self._plan

@@ -1,8 +1,8 @@
 """Reading order, version 1: a pure function of (plan, stream, position).
 
 The chunks of a store form one line in keyed order: round q of the line visits every committed bucket once, in an
-order keyed by the epoch, and takes from each the chunk that a keyed permutation puts in place q. So any window of
-the line spreads over as many buckets as it can. The line is dealt to S canonical streams like cards; the few chunks left
+order keyed by the epoch, and takes from each the chunk that a keyed permutation puts in place q. So any window of the
+line spreads over as many buckets as it can. The line is dealt to S canonical streams like cards; the few chunks left
 over and the short chunks at bucket ends are cut so that all streams have the same number of rows, give or take one.
 
 Within a stream the cyclic chunk interleaver mixes K chunks (a convolutional interleaver; Forney 1971): slice j of
