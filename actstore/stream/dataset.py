@@ -158,7 +158,7 @@ class ActivationDataset(IterableDataset[Any]):
         if p.drop_last:
             return rows // p.streams // share
         longest = -(-rows // p.streams)
-        return -(-longest // share)
+        return (longest + share - 1) // share
 
     def _orders(self) -> dict[int, StreamOrder]:
         p = self._plan
@@ -269,12 +269,13 @@ class ActivationDataset(IterableDataset[Any]):
 
         `pairs` is D - 1 over rho: how much correlation within a sequence inflates the variance of a batch gradient,
         (B - 1)(L - 1) / (W K) for B rows a batch, L kept rows a sequence, W rows a bucket, K chunks mixed
-        (`docs/streaming.md`); L is taken from the store's provenance where it is known.
+        (`docs/streaming.md`); L is the sequence length less BOS, where the store's provenance has it.
         """
         p, spec = self._plan, self.store.spec
         chunk = sum(self.store.index.arrays[n].array.chunk_bytes for n in self._names)
         mixed = self._mix * p.streams
-        length = int(self.store.provenance.get("seq_len", 0))
+        tokens = self.store.provenance.get("tokens")
+        length = tokens.get("seq_len", 0) if isinstance(tokens, dict) else 0
         found: dict[str, float | int | str] = {
             "steps": len(self),
             "rows": self._geometry.rows,
@@ -282,8 +283,8 @@ class ActivationDataset(IterableDataset[Any]):
             "pool_bytes": self._buffers * chunk,
             "threads": self._threads,
         }
-        if length > 1:
-            found["pairs"] = (p.batch_size - 1) * (length - 1) / (min(spec.bucket_rows, spec.rows) * mixed)
+        if isinstance(length, int) and length > 1:
+            found["pairs"] = (p.batch_size - 1) * (length - 2) / (min(spec.bucket_rows, spec.rows) * mixed)
         return found
 
     def close(self) -> None:
