@@ -1,0 +1,182 @@
+"""Language models: find, identify, load, and cut off what no site needs.
+
+Weights are read from safetensors or GGUF only, and code from a model's repository is never run. A model whose attention
+soft-caps its logits (Gemma 2) gets the eager implementation: the fused ones leave the cap out.
+"""
+
+import hashlib
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from actstore.capture.config import DType
+from actstore.capture.forward import decoder_of
+from actstore.errors import CaptureError, TokensError
+from actstore.tokens.tokenizer import hub_is_out_of_reach, load_tokenizer, one_line, public_name
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 12
+_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation"}
+
+
+def load_config(name: str) -> Any:
+    """The `transformers` configuration of a model; `CaptureError` says what was looked for."""
+    from transformers import AutoConfig
+
+    where, options = _locate(name)
+    with _loading(name):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+
+
+def load_model(name: str, dtype: DType = "auto", device: str = "cpu", revision: str | None = None) -> Any:
+    """A causal language model ready for inference.
+
+    `name` is a hub id, a local directory or a .gguf file; `device` a torch device, or `balanced` to spread the layers
+    over all GPUs. `CaptureError` in one line if the model is missing, incomplete or of no known form.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where, options = _locate(name)
+    config = load_config(name)
+    local = Path(name).expanduser()
+    if local.is_dir():
+        _weight_files(name)
+    with _loading(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=resolve_dtype(name, config, dtype),
+            attn_implementation=attention_of(config),
+            device_map=None if device == "cpu" else device,
+            revision=revision or "main",
+            use_safetensors=None if local.is_file() else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise CaptureError(
+            f"model {name}: {len(missing)} weights are missing, for example {missing[0]}; get a whole copy"
+        )
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def truncate(model: nn.Module, deepest_layer: int) -> None:
+    """Free the layers after `deepest_layer` and the unembedding; the model can't predict tokens afterwards."""
+    decoder = decoder_of(model)
+    del decoder.layers[deepest_layer + 1 :]
+    decoder.config.num_hidden_layers = len(decoder.layers)
+    if hasattr(model, "lm_head"):
+        model.lm_head = nn.Identity()
+
+
+def attention_of(config: Any) -> str | None:
+    """`eager` where logits are soft-capped, else None: the default of `transformers`."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def resolve_dtype(name: str, config: Any, dtype: DType) -> torch.dtype:
+    """The forward pass's precision; auto is what the model was saved in, float32 where that is not recorded (GGUF)."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return saved if isinstance(saved, torch.dtype) and not name.endswith(".gguf") else torch.float32
+
+
+def model_identity(name: str, config: Any, dtype: DType) -> dict[str, Any]:
+    """What a store's provenance says about the model: no machine's path, and the same on every machine.
+
+    `weights` is the hub's commit, or a digest of size and 64 samples of every local weight file.
+    """
+    settings = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+    return {
+        "name": public_name(name),
+        "type": config.model_type,
+        "config": _digest(json.dumps(settings, sort_keys=True, default=str).encode()),
+        "weights": revision_of(config) or _digest(*(part for file in _weight_files(name) for part in _sample(file))),
+        "dtype": str(resolve_dtype(name, config, dtype)).removeprefix("torch."),
+        "attention": attention_of(config) or "default",
+        "torch": version("torch").partition("+")[0],
+        "transformers": version("transformers"),
+    }
+
+
+def revision_of(config: Any) -> str | None:
+    """The hub's commit that a configuration came from, or None for local models."""
+    return getattr(config, "_commit_hash", None)
+
+
+def tokenizer_digest(name: str) -> str | None:
+    """Digest of the vocabulary that the model brings, or None if it brings none that can be read."""
+    try:
+        return load_tokenizer(name).digest
+    except TokensError:
+        return None
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` needs: a directory or hub id, and options."""
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise CaptureError(f"model {name}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CaptureError(f"model {name}: the directory has no config.json, so it is not a transformers model")
+        return str(path), {}
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise CaptureError(f"model {name}: no such directory; give a hub id, a model directory or a .gguf file")
+    return name, {"local_files_only": hub_is_out_of_reach()}
+
+
+@contextmanager
+def _loading(name: str) -> Generator[None]:
+    """Turn whatever loading raises into one line, and keep `transformers` from printing meanwhile."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except ImportError as e:
+        raise CaptureError(f"model {name}: needs more packages: {one_line(e)}; pip install gguf accelerate") from e
+    except Exception as e:  # transformers, gguf and safetensors raise what they meet in a damaged file
+        where = "can't be read" if Path(name).expanduser().exists() else "no such directory, and the hub gave none"
+        raise CaptureError(f"model {name}: {where}: {one_line(e)}") from e
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _weight_files(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if files := sorted(path.glob("*.safetensors")):
+        return files
+    raise CaptureError(f"model {name}: no .safetensors file; save it again with model.save_pretrained")
+
+
+def _sample(file: Path) -> list[bytes]:
+    size = file.stat().st_size
+    parts = [file.name.encode() if file.suffix == ".safetensors" else b"", str(size).encode()]
+    with file.open("rb") as f:
+        for i in range(_SAMPLES):
+            f.seek(max(0, size - _SAMPLE_BYTES) * i // max(_SAMPLES - 1, 1))
+            parts.append(f.read(_SAMPLE_BYTES))
+    return parts
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""`capture`: check everything, then let replicas take buckets until none is left.
+
+Whatever can be refused is refused before Ray starts or a model is loaded. The store's commit records are the only
+state: a run that was interrupted, or killed, is continued by running the same command again.
+"""
+
+import math
+import shutil
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from actstore.capture.config import CaptureConfig
+from actstore.capture.pool import run_buckets
+from actstore.capture.sites import check_sites, parse_sites
+from actstore.capture.worker import BucketSummary
+from actstore.errors import CaptureError
+from actstore.progress import Progress
+from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
+from actstore.store.storage import LocalStorage, open_storage
+from actstore.tokens import TokenTable, copy_tokens, open_tokens, row_starts, span_of
+
+LEAST_BYTES_PER_VALUE = 4 / 3
+"""No lossless encoding of bfloat16 activations is smaller: their entropy is about 10.7 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSummary:
+    """What a run did."""
+
+    store: str
+    rows: int
+    """Rows of the store, now complete."""
+    buckets: int
+    """Captured by this run."""
+    buckets_before: int
+    """Committed when this run began."""
+    rows_captured: int
+    """By this run."""
+    bytes_stored: int
+    """By this run."""
+    seconds: float
+    tokens_per_s: float
+    """Rows captured by this run per second of it, starting Ray and loading the model included."""
+    forward_s: float
+    """Summed over buckets, as is `write_s`; the two overlap."""
+    write_s: float
+
+
+def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
+    """Capture activations into the store at `config.out`, or finish what an earlier run began.
+
+    `ValueError` for sites the model does not have; `CaptureError` if model, tokens and machine do not go together, or a
+    worker failed; `TokensError`, `MismatchError` and `StoreError` as their names say. Safe to interrupt at any point.
+    """
+    began = time.monotonic()
+    config = _with_absolute_paths(config)
+    model_config = _load_config(config.model)
+    widths = check_sites(model_config, parse_sites(config.sites), config.model)
+    tokens = open_tokens(config.tokens)
+    _check_tokens(config, tokens, model_config)
+    starts = row_starts(tokens)
+    spec = _store_spec(config, widths, tokens, min(config.rows or int(starts[-1]), int(starts[-1])), model_config)
+    _check_disk(config.out, spec)
+    writer = create_store(config.out, spec)
+    copy_tokens(tokens, writer.storage)
+    before = writer.committed()
+    todo = deque((b, span_of(starts, *writer.bucket_range(b))) for b in range(writer.buckets) if b not in before)
+    done: list[BucketSummary] = []
+    if todo:
+        step = progress.step("capture", total=spec.rows, unit="rows")
+        step.skip(spec.rows - sum(span.rows for _, span in todo))
+        done = run_buckets(config, model_config, todo, step)
+    writer.finalise()
+    return _summary(writer, done, len(before), time.monotonic() - began)
+
+
+def _summary(writer: StoreWriter, done: list[BucketSummary], before: int, seconds: float) -> CaptureSummary:
+    rows = sum(s.rows for s in done)
+    return CaptureSummary(
+        store=writer.url,
+        rows=writer.spec.rows,
+        buckets=len(done),
+        buckets_before=before,
+        rows_captured=rows,
+        bytes_stored=sum(s.bytes_stored for s in done),
+        seconds=seconds,
+        tokens_per_s=rows / max(seconds, 1e-9),
+        forward_s=math.fsum(s.forward_s for s in done),
+        write_s=math.fsum(s.write_s for s in done),
+    )
+
+
+def _load_config(model: str) -> Any:
+    from actstore.capture.model import load_config
+
+    return load_config(model)
+
+
+def _with_absolute_paths(config: CaptureConfig) -> CaptureConfig:
+    """Workers have another working directory."""
+    storage = open_storage(config.out)
+    out = str(storage.root.resolve()) if isinstance(storage, LocalStorage) else config.out
+    model = Path(config.model).expanduser()
+    return replace(config, out=out, model=str(model.resolve()) if model.exists() else config.model)
+
+
+def _check_tokens(config: CaptureConfig, tokens: TokenTable, model_config: Any) -> None:
+    """Refuse tokens that the model can't read, or that another tokenizer made."""
+    from actstore.capture.model import tokenizer_digest
+
+    text = model_config.get_text_config()
+    if tokens.max_id >= text.vocab_size:
+        raise CaptureError(
+            f"tokens {config.tokens} hold id {tokens.max_id}, but {config.model} has {text.vocab_size} ids; "
+            f"tokenize with this model's tokenizer (this table's is {tokens.tokenizer})"
+        )
+    context = getattr(text, "max_position_embeddings", None)
+    if context is not None and tokens.seq_len > context:
+        raise CaptureError(
+            f"tokens {config.tokens} have sequences of {tokens.seq_len}, but {config.model} reads at most {context}; "
+            f"tokenize with --seq-len {context} or less"
+        )
+    if config.check_tokenizer and tokenizer_digest(config.model) not in (None, tokens.tokenizer_digest):
+        raise CaptureError(
+            f"tokens {config.tokens} were made with {tokens.tokenizer}, not the vocabulary of {config.model}; "
+            "tokenize with this model's tokenizer, or pass --no-check-tokenizer if their ids mean the same"
+        )
+
+
+def _store_spec(
+    config: CaptureConfig, widths: dict[str, int], tokens: TokenTable, rows: int, model_config: Any
+) -> StoreSpec:
+    from actstore.capture.model import model_identity
+
+    return StoreSpec(
+        sites={name: SiteSpec(d=d, encoding=config.encoding) for name, d in widths.items()},
+        rows=rows,
+        bucket_rows=config.bucket_rows,
+        shard_rows=config.shard_rows,
+        chunk_rows=config.chunk_rows,
+        seed=config.seed,
+        provenance={
+            "model": model_identity(config.model, model_config, config.dtype),
+            "tokens": {
+                "fingerprint": tokens.fingerprint,
+                "tokenizer": tokens.tokenizer,
+                "seq_len": tokens.seq_len,
+                "sequences": tokens.sequences,
+            },
+            "batch_size": config.batch_size,
+        },
+    )
+
+
+def _check_disk(out: str, spec: StoreSpec) -> None:
+    """Refuse to begin what can't fit on a local disk, unless it was begun already."""
+    storage = open_storage(out)
+    if not isinstance(storage, LocalStorage) or storage.exists("zarr.json"):
+        return
+    there = next(p for p in (storage.root, *storage.root.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    needed = spec.rows * (sum(s.d for s in spec.sites.values()) * LEAST_BYTES_PER_VALUE)
+    if needed > free:
+        raise CaptureError(
+            f"{out}: {free / 1e9:.3g} GB are free, but {spec.rows:,} rows of {len(spec.sites)} sites need at least "
+            f"{needed / 1e9:.3g} GB; use another --out, fewer sites or --rows"
+        )

@@ -1,0 +1,21 @@
+"""Text to token table: everything that decides order happens here, where data is 1,000 times smaller."""
+
+from actstore.tokens.build import tokenize
+from actstore.tokens.config import TokenizeConfig
+from actstore.tokens.rows import Rows, Span, kept, row_starts, rows_in, rows_of, span_of
+from actstore.tokens.table import TokenTable, copy_tokens, open_tokens
+
+__all__ = [
+    "Rows",
+    "Span",
+    "TokenTable",
+    "TokenizeConfig",
+    "copy_tokens",
+    "kept",
+    "open_tokens",
+    "row_starts",
+    "rows_in",
+    "rows_of",
+    "span_of",
+    "tokenize",
+]

@@ -1,0 +1,355 @@
+"""Tokens: packing loses nothing, row numbers match a brute count, and what is wrong is named."""
+
+import gzip
+import json
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from tiny import tokenizer_of
+
+from actstore import keyed
+from actstore.errors import IntegrityError, MismatchError, StoreError, TokensError
+from actstore.progress import Progress
+from actstore.store.storage import clear_memory, open_storage
+from actstore.tokens import TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
+from actstore.tokens.pack import pack, special_ids
+from actstore.tokens.tokenizer import Tokenizer, load_tokenizer
+
+TEXTS = [f"Document {i}: the quick brown fox, {'jumps over ' * (i % 13)}the lazy dog.\n\nEnd é{i}." for i in range(60)]
+QUIET = Progress(Console(file=StringIO()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens")
+    tokenizer_of(TEXTS).save_pretrained(folder / "tokenizer")
+    rows = {"text": TEXTS, "title": [f"title {i}" for i in range(60)]}
+    pq.write_table(pa.table(rows), folder / "text.parquet", row_group_size=17)
+    return folder
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return TokenizeConfig(
+        sources=(str(folder / "text.parquet"),),
+        tokenizer=str(folder / "tokenizer"),
+        seq_len=32,
+        out=str(tmp_path / "table"),
+    )
+
+
+def plain(bos: int | None, eos: int | None, pad: int | None) -> Tokenizer:
+    return Tokenizer("t", 100, bos, eos, pad, "", lambda texts: [[int(i) for i in t.split()] for t in texts])
+
+
+def unpacked(ids: np.ndarray, documents: np.ndarray, number: int) -> list[int]:
+    """Token ids of a document, wherever it was cut."""
+    return ids[documents == number].tolist()
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+SPECIALS = st.sampled_from([(1, 2, 0), (1, 2, 2), (1, 1, 1), (None, 2, 2), (None, 2, 0), (1, None, 1), (None, None, 0)])
+DOCUMENTS = st.lists(st.lists(st.integers(3, 99), max_size=40), min_size=1, max_size=25)
+
+
+@settings(deadline=None, max_examples=300)
+@given(documents=DOCUMENTS, seq_len=st.integers(2, 17), specials=SPECIALS, batch=st.integers(1, 7))
+def test_packing_reconstructs_the_documents(documents, seq_len, specials, batch):
+    tokenizer = plain(*specials)
+    bos, eos, pad = specials
+    batches = [documents[i : i + batch] for i in range(0, len(documents), batch)]
+    parts = list(pack(batches, tokenizer, seq_len))
+    if not any(documents):
+        assert sum(len(ids) for ids, _ in parts) * (seq_len - (bos is not None)) <= len(documents) * (eos is not None)
+        return
+    ids, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
+    assert ids.shape == numbers.shape
+    assert ids.shape[1] == seq_len
+    for number, document in enumerate(documents):
+        assert unpacked(ids, numbers, number) == document
+    # The kept positions are exactly the positions that belong to a document.
+    assert np.array_equal(kept(ids, special_ids(*specials)), numbers >= 0)
+    # Without BOS and trailing padding, the stream is the documents joined with EOS.
+    stream = (ids[:, 1:] if bos is not None else ids).reshape(-1).tolist()
+    joined = [i for n, d in enumerate(documents) for i in ([eos] if n and eos is not None else []) + d]
+    assert stream[: len(joined)] == joined or stream == joined[: len(stream)]
+    assert set(stream[len(joined) :]) <= {pad}
+    assert set(joined[len(stream) :]) <= {eos}
+    if bos is not None:
+        assert (ids[:, 0] == bos).all()
+
+
+def test_special_ids_inside_ready_documents_are_left_out():
+    ((ids, numbers),) = pack([[[1, 5, 6, 2], [1, 7, 2, 0, 0]]], plain(1, 2, 0), 6)
+    assert ids.tolist() == [[1, 5, 6, 2, 7, 0]]
+    assert numbers.tolist() == [[-1, 0, 0, -1, 1, -1]]
+
+
+def test_a_tail_without_any_padding_id_is_left_out():
+    ((ids, _),) = pack([[[5, 6, 7, 8, 9]]], plain(None, None, None), 2)
+    assert ids.tolist() == [[5, 6], [7, 8]]
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_every_document_in_keyed_order(config, folder):
+    table = tokenize(config, QUIET)
+    ids, documents = table.ids(0, table.sequences), table.documents(0, table.sequences)
+    order = keyed.permute(np.arange(table.sequences), table.sequences, keyed.key(config.seed, "sequences"))
+    packed_ids, packed_documents = ids[order], documents[order]
+    hf = tokenizer_of(TEXTS)
+    reference = [hf(t, add_special_tokens=False)["input_ids"] for t in TEXTS]
+    for number, expected in enumerate(reference):
+        assert unpacked(packed_ids, packed_documents, number) == expected
+        assert hf.decode(expected) == TEXTS[number]
+    assert table.tokens == sum(map(len, reference))
+    assert table.max_id == ids.max()
+    names = table.document_names().to_pylist()
+    assert [n["title"] for n in names] == [f"title {i}" for i in range(60)]
+    assert [(n["document"], n["file"], n["source"], n["record"]) for n in names] == [
+        (i, "text.parquet", "text.parquet", i) for i in range(60)
+    ]
+    other = tokenize(replace(config, seed=1, out=config.out + "1"), QUIET)
+    moved = other.ids(0, other.sequences)
+    assert sorted(map(tuple, moved)) == sorted(map(tuple, ids))
+    assert not np.array_equal(moved, ids)
+    assert other.fingerprint != table.fingerprint
+
+
+def test_any_zarr_reader_opens_the_table(config):
+    table = tokenize(config, QUIET)
+    group = zarr.open_group(config.out, mode="r")
+    assert np.array_equal(group["ids"][:], table.ids(0, table.sequences))
+    assert np.array_equal(group["document"][:], table.documents(0, table.sequences))
+
+
+def test_many_chunks_read_like_one(config, monkeypatch):
+    whole = tokenize(config, QUIET)
+    monkeypatch.setattr("actstore.tokens.build.CHUNK_TOKENS", 32 * 7)
+    cut = tokenize(replace(config, out=config.out + "-cut"), QUIET)
+    assert cut.fingerprint == whole.fingerprint
+    for start, stop in [(0, 7), (3, 8), (6, 22), (whole.sequences - 1, whole.sequences), (5, 5)]:
+        assert np.array_equal(cut.ids(start, stop), whole.ids(start, stop))
+    with pytest.raises(ValueError, match="not within"):
+        cut.ids(0, whole.sequences + 1)
+
+
+def test_every_kind_of_source_gives_the_same_table(config, folder, tmp_path):
+    expected = tokenize(config, QUIET)
+    source = tmp_path / "sources"
+    (source / "train").mkdir(parents=True)
+    (source / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:10]) + "\n")
+    with gzip.open(source / "b.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps({"text": t}) + "\n" for t in TEXTS[10:20])
+    for i in range(20, 25):
+        (source / f"c{i}.txt").write_text(TEXTS[i])
+    (source / "dataset_info.json").write_text("{}")
+    arrow = pa.table({"text": TEXTS[25:40]})
+    with pa.ipc.new_stream(source / "d.arrow", arrow.schema) as writer:
+        writer.write_table(arrow, max_chunksize=4)
+    hf = tokenizer_of(TEXTS)
+    ready = [[1, *hf(t, add_special_tokens=False)["input_ids"], 2] for t in TEXTS[40:]]
+    pq.write_table(pa.table({"input_ids": ready}), source / "train" / "e.parquet")
+    table = tokenize(replace(config, sources=(str(source),), out=config.out + "-mixed"), QUIET)
+    assert table.fingerprint == expected.fingerprint
+    files = [n["file"] for n in table.document_names().to_pylist()]
+    assert files[9:11] == ["a.jsonl", "b.jsonl.gz"]
+    assert files[-1] == "train/e.parquet"
+
+
+def test_text_that_spells_a_special_token_is_text(folder, tmp_path):
+    (tmp_path / "t.txt").write_text("one <eos> two <bos>")
+    config = TokenizeConfig(
+        sources=(str(tmp_path / "t.txt"),), tokenizer=str(folder / "tokenizer"), seq_len=64, out=str(tmp_path / "out")
+    )
+    table = tokenize(config, QUIET)
+    (ids,), (documents,) = table.ids(0, 1), table.documents(0, 1)
+    assert tokenizer_of(TEXTS).decode(ids[documents == 0].tolist()) == "one <eos> two <bos>"
+
+
+@pytest.mark.parametrize(("bos", "eos", "pad"), [(None, "<eos>", None), ("<s>", "<s>", None), (None, None, "<pad>")])
+def test_tokenizers_without_some_special_tokens(config, tmp_path, bos, eos, pad):
+    tokenizer_of(TEXTS, bos=bos, eos=eos, pad=pad).save_pretrained(tmp_path / "t")
+    table = tokenize(replace(config, tokenizer=str(tmp_path / "t")), QUIET)
+    ids, documents = table.ids(0, table.sequences), table.documents(0, table.sequences)
+    assert (table.bos_id is None) == (bos is None)
+    assert np.array_equal(kept(ids, table.special_ids), documents >= 0)
+    assert row_starts(table)[-1] == table.tokens == (documents >= 0).sum()
+
+
+def test_the_table_lives_on_any_storage_and_copies(config, tmp_path):
+    here = tokenize(config, QUIET)
+    there = tokenize(replace(config, out="memory://tokens-test/table"), QUIET)
+    assert there == here
+    assert np.array_equal(there.ids(0, there.sequences), here.ids(0, here.sequences))
+    storage = open_storage(str(tmp_path / "store"))
+    copy = copy_tokens(there, storage)
+    assert copy == here
+    assert np.array_equal(copy.documents(0, 5), here.documents(0, 5))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")}
+    copy_tokens(here, storage)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")}
+    other = tokenize(replace(config, seed=3, out=config.out + "3"), QUIET)
+    with pytest.raises(TokensError, match="holds another token table"):
+        copy_tokens(other, storage)
+    clear_memory("memory://tokens-test")
+
+
+def test_the_same_settings_return_the_table_and_others_are_refused(config, folder, tmp_path, monkeypatch):
+    table = tokenize(config, QUIET)
+    with monkeypatch.context() as m:
+        m.setattr("actstore.tokens.build._spool", None)
+        assert tokenize(config, QUIET) == table
+    with pytest.raises(MismatchError, match=r"seed is 0, asked for 5; seq_len is 32, asked for 16\. Use another --out"):
+        tokenize(replace(config, seed=5, seq_len=16), QUIET)
+
+
+def test_an_interrupted_table_does_not_exist_and_is_made_again(config, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr("actstore.tokens.build.fingerprint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(config, QUIET)
+    with pytest.raises(TokensError, match="not a token table"):
+        open_tokens(config.out)
+    table = tokenize(config, QUIET)
+    assert table == tokenize(replace(config, out=config.out + "-clean"), QUIET)
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_numbered_by_sequence_and_position(config):
+    table = tokenize(config, QUIET)
+    ids = table.ids(0, table.sequences)
+    brute = [
+        (s, p, ids[s, p])
+        for s in range(table.sequences)
+        for p in range(table.seq_len)
+        if ids[s, p] not in (table.bos_id, table.eos_id, table.pad_id)
+    ]
+    starts = row_starts(table)
+    assert starts[-1] == len(brute) == table.tokens
+    for first, stop in [(0, len(brute)), (0, 1), (17, 60), (30, 31), (31, 62), (len(brute) - 1, len(brute))]:
+        rows = rows_of(table, starts, first, stop)
+        assert list(zip(rows.sequence, rows.position, rows.token_id, strict=True)) == brute[first:stop]
+    documents = table.documents(0, table.sequences)
+    everything = rows_of(table, starts, 0, len(brute))
+    assert (documents[everything.sequence, everything.position] >= 0).all()
+    with pytest.raises(ValueError, match="not within"):
+        rows_of(table, starts, 0, len(brute) + 1)
+
+
+# -- what is wrong is named -------------------------------------------------------------------------------------------
+
+
+def test_wrong_places_are_named(config, folder, tmp_path):
+    table = tokenize(config, QUIET)
+    assert table.sequences
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "zarr.json").write_text(json.dumps({"attributes": {"actstore": {}}}))
+    (tmp_path / "empty").mkdir()
+    zarr.create_group(tmp_path / "group")
+    for path, message in [
+        (tmp_path / "none", "no such directory, not a token table; make one with: actstore tokenize"),
+        (tmp_path / "empty", "an empty directory"),
+        (folder / "text.parquet", "a file"),
+        (folder, r"a directory of .*\.parquet.* files"),
+        (store, "this is an activation store; its token table is at"),
+        (tmp_path / "group", "a zarr group without 'actstore_tokens'"),
+    ]:
+        with pytest.raises(TokensError, match=message):
+            open_tokens(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sequences", -1, "sequences is -1"),
+        ("seq_len", "32", "seq_len is '32'"),
+        ("sequences", 10**6, "expected int32"),
+        ("bos_id", 1.5, "bos_id is 1.5"),
+        ("fingerprint", "../x", "fingerprint is"),
+        ("format_version", 9, "format version is 9, this actstore reads 1; update actstore"),
+        ("surprise", 1, "fields are"),
+    ],
+)
+def test_damaged_attributes_are_named(config, tmp_path, name, value, message):
+    tokenize(config, QUIET)
+    path = tmp_path / "table" / "zarr.json"
+    group = json.loads(path.read_text())
+    group["attributes"]["actstore_tokens"][name] = value
+    path.write_text(json.dumps(group))
+    with pytest.raises(TokensError, match=message):
+        open_tokens(config.out).ids(0, 1)
+
+
+def test_damaged_and_missing_chunks_are_noticed(config, tmp_path):
+    table = tokenize(config, QUIET)
+    chunk = tmp_path / "table" / "ids" / "c" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(IntegrityError, match="ids is damaged"):
+        table.ids(0, 1)
+    chunk.unlink()
+    with pytest.raises(StoreError, match="ids/c/0/0 is missing"):
+        table.ids(0, 1)
+    meta = tmp_path / "table" / "document" / "zarr.json"
+    meta.write_text(meta.read_text().replace("zstd", "numcodecs.pickle"))
+    with pytest.raises(TokensError, match=r"found int32 .*numcodecs\.pickle"):
+        open_tokens(config.out).documents(0, 1)
+
+
+def test_bad_text_and_tokenizers_are_named(config, folder, tmp_path):
+    def refused(message, **changes):
+        with pytest.raises(TokensError, match=message) as error:
+            tokenize(replace(config, out=str(tmp_path / "bad"), **changes), QUIET)
+        assert "\n" not in str(error.value)
+
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\nnot json\n')
+    (tmp_path / "l.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "e.txt").write_text("")
+    (tmp_path / "p.parquet").write_text("not parquet")
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"input_ids": [[5, 10**6]]}), tmp_path / "i.parquet")
+    refused("nowhere: no such file or directory", sources=(str(tmp_path / "nowhere"),))
+    refused("no text in a known form", sources=(str(folder / "tokenizer"),))
+    refused(r"t.jsonl, line 2: not JSON", sources=(str(tmp_path / "t.jsonl"),))
+    refused(r"no column 'text' or 'input_ids' among body; see --text-column", sources=(str(tmp_path / "b.parquet"),))
+    refused(r"input_ids are 5..1000000", sources=(str(tmp_path / "i.parquet"),))
+    refused("damaged or not what its name says", sources=(str(tmp_path / "l.txt"),))
+    refused("damaged or not what its name says", sources=(str(tmp_path / "p.parquet"),))
+    refused("no text found", sources=(str(tmp_path / "e.txt"),))
+    refused("the directory has no tokenizer.json", tokenizer=str(tmp_path))
+    refused("x.gguf: no such file", tokenizer=str(tmp_path / "x.gguf"))
+    assert not (tmp_path / "bad").exists()
+    tokenize(replace(config, sources=(str(tmp_path / "b.parquet"),), text_column="body"), QUIET)
+
+
+def test_a_hub_id_that_can_not_be_reached_is_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TokensError, match="or reachable hub id") as error:
+        load_tokenizer("nobody/nothing-at-all")
+    assert "\n" not in str(error.value)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="sources is empty"):
+        TokenizeConfig(sources=(), tokenizer="t", out="o")
+    with pytest.raises(ValueError, match="seq_len is 1"):
+        TokenizeConfig(sources=("a",), tokenizer="t", out="o", seq_len=1)

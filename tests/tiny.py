@@ -1,0 +1,141 @@
+"""Tiny random models and a tiny tokenizer: real architectures, small enough for a test."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB = 2000
+LAYERS = 4
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def config_of(kind: str, **changes: Any) -> Any:
+    """A configuration of the architecture; head_dim differs from hidden_size / heads where it can."""
+    import transformers as t
+
+    if kind == "gemma3":
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 28, "patch_size": 14}
+        text = config_of("gemma3_text").to_dict()
+        return t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    classes = {
+        "gemma2": (t.Gemma2Config, {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+        "gemma3_text": (t.Gemma3TextConfig, {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+        "llama": (t.LlamaConfig, {}),
+        "qwen2": (t.Qwen2Config, {}),
+        "qwen3": (t.Qwen3Config, {"head_dim": 16}),
+        "mistral": (t.MistralConfig, {"sliding_window": 8}),
+    }
+    cls, extra = classes[kind]
+    return cls(**(_SIZES | extra | changes))
+
+
+@cache
+def model_of(kind: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Any:
+    """A random model with norms and biases that are not at their neutral values."""
+    from transformers import AutoModelForCausalLM
+
+    from actstore.capture.model import attention_of
+
+    config = config_of(kind)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.05))
+    return model.to(dtype).eval()
+
+
+def tokenizer_of(text: list[str], *, bos: str | None = BOS, eos: str | None = EOS, pad: str | None = PAD) -> Any:
+    """A byte-level BPE tokenizer trained on `text`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [t for t in (pad, bos, eos) if t]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+
+
+def save(folder: Path, kind: str, dtype: torch.dtype, text: list[str]) -> Path:
+    """A model directory with weights and tokenizer."""
+    model_of(kind, dtype).save_pretrained(folder)
+    tokenizer_of(text).save_pretrained(folder)
+    return folder
+
+
+_GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def save_gguf(path: Path, text: list[str]) -> Path:
+    """The float32 Qwen 2 of `model_of` and its tokenizer as a .gguf file."""
+    import gguf
+
+    model, tokenizer = model_of("qwen2"), tokenizer_of(text)
+    c = model.config
+    w = gguf.GGUFWriter(path, "qwen2")
+    w.add_context_length(c.max_position_embeddings)
+    w.add_block_count(c.num_hidden_layers)
+    w.add_embedding_length(c.hidden_size)
+    w.add_feed_forward_length(c.intermediate_size)
+    w.add_head_count(c.num_attention_heads)
+    w.add_head_count_kv(c.num_key_value_heads)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    w.add_vocab_size(c.vocab_size)
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    w.add_tokenizer_model("gpt2")
+    w.add_token_list([t for t, _ in tokens])
+    w.add_token_types([3 if t in (BOS, EOS, PAD) else 1 for t, _ in tokens])
+    w.add_token_merges([" ".join(m) for m in merges])
+    w.add_pad_token_id(0)
+    w.add_bos_token_id(1)
+    w.add_eos_token_id(2)
+    for name, parameter in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if module.startswith("model.layers."):
+            _, _, layer, rest = module.split(".", 3)
+            module = f"blk.{layer}.{_GGUF[rest]}"
+        else:
+            module = _GGUF[module]
+        w.add_tensor(f"{module}.{kind}", parameter.numpy())
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
