@@ -36,5 +36,10 @@ class StreamError(ActstoreError):
 def mismatch(what: str, found: dict[str, object], expected: dict[str, object], remedy: str) -> MismatchError:
     """A `MismatchError` that lists exactly the fields that differ."""
     keys = [k for k in sorted(found.keys() | expected.keys()) if found.get(k) != expected.get(k)]
-    fields = "; ".join(f"{k} is {found.get(k)!r}, asked for {expected.get(k)!r}" for k in keys)
-    return MismatchError(f"{what} differs: {fields}. {remedy}")
+
+    def field(k: str) -> str:
+        if k not in expected:
+            return f"{k} is {found[k]!r}, not asked for"
+        return f"{k} is {repr(found[k]) if k in found else 'absent'}, asked for {expected[k]!r}"
+
+    return MismatchError(f"{what} differs: {'; '.join(map(field, keys))}. {remedy}")

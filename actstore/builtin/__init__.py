@@ -14,4 +14,16 @@ TRAIN_TEXT: Path = Path(__file__).parent / "text" / "train.parquet"
 HELDOUT_TEXT: Path = Path(__file__).parent / "text" / "heldout.parquet"
 """Documents of the same sources that no weight was fitted to."""
 
-__all__ = ["HELDOUT_TEXT", "MODEL", "TRAIN_TEXT"]
+NAME = "builtin"
+"""What command lines call the shipped model."""
+
+TEXTS: dict[str, Path] = {NAME: TRAIN_TEXT, f"{NAME}-heldout": HELDOUT_TEXT}
+"""What command lines call the shipped texts."""
+
+
+def model_path(name: str) -> Path:
+    """The shipped model for `builtin`, else the path that `name` may be."""
+    return MODEL if name == NAME else Path(name).expanduser()
+
+
+__all__ = ["HELDOUT_TEXT", "MODEL", "NAME", "TEXTS", "TRAIN_TEXT", "model_path"]

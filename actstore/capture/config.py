@@ -11,7 +11,7 @@ class CaptureConfig:
     """Run a language model over a token table and keep the activations of its sites."""
 
     model: str
-    """Hub id, local directory, or .gguf file."""
+    """builtin, a hub id, a local directory, or a .gguf file."""
     tokens: str
     """The token table: what `actstore tokenize` wrote."""
     sites: tuple[str, ...]

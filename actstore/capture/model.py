@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actstore.builtin import model_path
 from actstore.capture.config import DType
 from actstore.capture.forward import decoder_of
 from actstore.errors import CaptureError, TokensError
@@ -43,7 +44,7 @@ def load_model(name: str, dtype: DType = "auto", device: str = "cpu", revision: 
 
     where, options = _locate(name)
     config = load_config(name)
-    local = Path(name).expanduser()
+    local = model_path(name)
     if local.is_dir():
         _weight_files(name)
     with _loading(name):
@@ -121,7 +122,7 @@ def tokenizer_digest(name: str) -> str | None:
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` needs: a directory or hub id, and options."""
-    path = Path(name).expanduser()
+    path = model_path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise CaptureError(f"model {name}: no such file")
@@ -148,7 +149,7 @@ def _loading(name: str) -> Generator[None]:
     except ImportError as e:
         raise CaptureError(f"model {name}: needs more packages: {one_line(e)}; pip install gguf accelerate") from e
     except Exception as e:  # transformers, gguf and safetensors raise what they meet in a damaged file
-        where = "can't be read" if Path(name).expanduser().exists() else "no such directory, and the hub gave none"
+        where = "can't be read" if model_path(name).exists() else "no such directory, and the hub gave none"
         raise CaptureError(f"model {name}: {where}: {one_line(e)}") from e
     finally:
         logging.set_verbosity(verbosity)
@@ -157,7 +158,7 @@ def _loading(name: str) -> Generator[None]:
 
 
 def _weight_files(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = model_path(name)
     if path.is_file():
         return [path]
     if files := sorted(path.glob("*.safetensors")):

@@ -9,9 +9,9 @@ import shutil
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from actstore.builtin import NAME, model_path
 from actstore.capture.config import CaptureConfig
 from actstore.capture.pool import run_buckets
 from actstore.capture.sites import check_sites, parse_sites
@@ -103,8 +103,9 @@ def _with_absolute_paths(config: CaptureConfig) -> CaptureConfig:
     """Workers have another working directory."""
     storage = open_storage(config.out)
     out = str(storage.root.resolve()) if isinstance(storage, LocalStorage) else config.out
-    model = Path(config.model).expanduser()
-    return replace(config, out=out, model=str(model.resolve()) if model.exists() else config.model)
+    model = model_path(config.model)
+    keep = config.model == NAME or not model.exists()
+    return replace(config, out=out, model=config.model if keep else str(model.resolve()))
 
 
 def _check_tokens(config: CaptureConfig, tokens: TokenTable, model_config: Any) -> None:

@@ -11,7 +11,7 @@ Keys are '/'-separated and relative; a key that could leave the store's root is 
 import os
 import secrets
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import fsspec
@@ -23,6 +23,7 @@ PARTIAL = ".partial"
 """Suffix of a local file that is still being written."""
 
 
+@runtime_checkable
 class Storage(Protocol):
     """What `store/`, `tokens/` and `stream/` use of a storage backend."""
 

@@ -150,7 +150,7 @@ def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int |
             return StoreWriter(storage, spec, threads=threads)
     found = read_spec(storage)
     if found != spec:
-        flat = (flatten(found.to_json()), flatten(spec.to_json()))
+        flat = (_comparable(found), _comparable(spec))
         raise mismatch(
             f"the store at {storage.url}", *flat, remedy="Use the same settings to continue it, or another --out."
         )

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tyro.conf import Positional
+
 MIN_SEQ_LEN, MAX_SEQ_LEN = 2, 1 << 20
 
 
@@ -9,11 +11,11 @@ MIN_SEQ_LEN, MAX_SEQ_LEN = 2, 1 << 20
 class TokenizeConfig:
     """Turn documents into a token table."""
 
-    sources: tuple[str, ...]
-    """Text: .parquet, .arrow (a saved Hugging Face data set), .jsonl and .txt (also .gz, .zst), or directories of them.
-    A .txt file is one document. Paths or fsspec URLs."""
+    sources: Positional[tuple[str, ...]]
+    """Text: builtin, builtin-heldout, or paths or fsspec URLs of .parquet, .jsonl, .txt (a file is a document) and
+    .arrow (a saved Hugging Face data set) files, .gz and .zst of the text ones, or directories of them."""
     tokenizer: str
-    """Hub id, local directory, or .gguf file."""
+    """builtin, a hub id, a local directory, or a .gguf file."""
     out: str
     """Where the token table goes: a directory or an fsspec URL."""
     seq_len: int = 1024

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
+from actstore.builtin import TEXTS
 from actstore.errors import TokensError
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
@@ -63,7 +64,7 @@ def list_files(sources: tuple[str, ...]) -> list[SourceFile]:
     """Every file behind the arguments, in reading order; `TokensError` if one is missing or of no known kind."""
     files: list[SourceFile] = []
     for source in sources:
-        fs, root = fsspec.core.url_to_fs(source)
+        fs, root = fsspec.core.url_to_fs(str(TEXTS.get(source, source)))
         root = str(root).rstrip("/")
         if fs.isfile(root):
             paths, base = [root], root.rpartition("/")[0]

@@ -11,10 +11,10 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from actstore.builtin import NAME, model_path
 from actstore.errors import TokensError
 
 
@@ -62,8 +62,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def public_name(name: str) -> str:
-    """The last part of a local path; a hub id as it is."""
-    return Path(name).resolve().name if Path(name).expanduser().exists() else name
+    """The last part of a local path; a hub id, or `builtin`, as it is."""
+    return name if name == NAME or not model_path(name).exists() else model_path(name).resolve().name
 
 
 @cache
@@ -83,7 +83,7 @@ def hub_is_out_of_reach() -> bool:
 def _load(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    path = Path(name).expanduser()
+    path = model_path(name)
     if name.endswith(".gguf") and not path.is_file():
         raise TokensError(f"tokenizer {name}: no such file")
     if path.is_dir() and not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():

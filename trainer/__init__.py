@@ -1,0 +1,1 @@
+"""A compact trainer of sparse autoencoders on an activation store."""

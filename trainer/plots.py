@@ -1,0 +1,67 @@
+"""Plots as inline SVG, so that a report is one file that needs nothing else."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+INK, ACCENT, MUTED = "#222222", "#1f6f8b", "#bbbbbb"
+mpl.rcParams.update({
+    "svg.fonttype": "path", "svg.hashsalt": "actstore", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": INK, "axes.titlesize": 10, "figure.constrained_layout.use": True,
+})  # fmt: skip
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def training(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Loss, L0 and FVU over steps, from the lines of metrics.jsonl."""
+    figure = Figure(figsize=(9, 2.8))
+    steps = [m["step"] for m in metrics]
+    for i, (key, label) in enumerate((("loss", "loss"), ("l0", "L0"), ("fvu", "FVU (batch)"))):
+        axes = figure.add_subplot(1, 3, i + 1)
+        axes.plot(steps, [m[key] for m in metrics], color=ACCENT, linewidth=1.2)
+        axes.set_yscale("log")
+        axes.set(title=label, xlabel="step")
+    return _svg(figure)
+
+
+def densities(density: Sequence[float]) -> str:
+    """Histogram of log10 firing frequency; latents that never fired are named in the title."""
+    values = np.asarray(density)
+    fired = values[values > 0]
+    figure = Figure(figsize=(9, 2.8))
+    axes = figure.add_subplot()
+    axes.hist(np.log10(fired), bins=60, color=ACCENT)
+    title = f"{len(fired)} of {len(values)} latents fired; {len(values) - len(fired)} never"
+    axes.set(xlabel="log10 of the share of tokens", ylabel="latents", title=title)
+    return _svg(figure)
+
+
+def _bars(values: Mapping[str, float], label: str, *, log: bool) -> str:
+    figure = Figure(figsize=(9, 0.5 + 0.4 * len(values)))
+    axes = figure.add_subplot()
+    names = list(values)[::-1]
+    bars = axes.barh(names, [values[n] for n in names], color=ACCENT, height=0.6)
+    axes.bar_label(bars, fmt="%.3g", padding=3, color=INK)
+    axes.set(xlabel=label, xscale="log" if log else "linear")
+    axes.margins(x=0.12)
+    return _svg(figure)
+
+
+def throughput(rows_per_second: Mapping[str, float]) -> str:
+    """Activations per second by stage."""
+    return _bars(rows_per_second, "activations per second (log scale)", log=True)
+
+
+def times(seconds: Mapping[str, float]) -> str:
+    """Seconds by stage."""
+    return _bars(seconds, "seconds", log=False)
