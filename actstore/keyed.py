@@ -77,11 +77,12 @@ def _walk(index: NDArray[np.uint64], n: np.uint64, key: np.uint64, inverse: bool
 
 
 def _apply(index: NDArray[np.integer] | int, n: int, key: int, *, inverse: bool) -> NDArray[np.int64]:
-    flat = np.atleast_1d(np.asarray(index))
     if n < 1 or n >= 1 << 63:
         raise ValueError(f"a permutation needs 1 <= n < 2^63, got {n}")
-    if flat.size and (int(flat.min()) < 0 or int(flat.max()) >= n):
-        raise ValueError(f"indices must lie in [0, {n}), got {int(flat.min())}..{int(flat.max())}")
+    flat = np.array([index]) if isinstance(index, int) else np.asarray(index)
+    low, high = (index, index) if isinstance(index, int) else (int(flat.min(initial=0)), int(flat.max(initial=0)))
+    if low < 0 or high >= n:
+        raise ValueError(f"indices must lie in [0, {n}), got {low}..{high}")
     out = np.empty(flat.shape[0], np.int64)
     _walk(flat.astype(np.uint64), np.uint64(n), np.uint64(key), inverse, out)
     return out

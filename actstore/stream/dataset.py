@@ -20,7 +20,7 @@ from actstore.store.reader import Store, open_store
 from actstore.store.spec import PROVENANCE_ARRAYS
 from actstore.store.storage import LocalStorage
 from actstore.stream.order import ORDER_VERSION, Geometry, StreamOrder
-from actstore.stream.pipeline import Batch, Meter, Pipeline
+from actstore.stream.pipeline import Batch, Meter, Pipeline, Recycler
 
 STATE_VERSION = 1
 REMOTE_THREADS = 16
@@ -112,7 +112,7 @@ class ActivationDataset(IterableDataset[Any]):
         self._prefetch = prefetch
         self._buffers = self._fit(memory_budget)
         self._epoch, self._step, self._resume = epoch, 0, False
-        self._meter = Meter()
+        self._meter, self._recycler = Meter(), Recycler()
         self._pipeline: Pipeline | None = None
         self._pid = os.getpid()
 
@@ -184,7 +184,7 @@ class ActivationDataset(IterableDataset[Any]):
             )
         if os.getpid() != self._pid:
             # Threads and most object-store clients do not survive a fork; start afresh in the child.
-            self._pipeline, self._meter, self._pid = None, Meter(), os.getpid()
+            self._pipeline, self._meter, self._recycler, self._pid = None, Meter(), Recycler(), os.getpid()
             self.store = open_store(self.store.url)
         self.close()
         if not self._resume:
@@ -205,6 +205,7 @@ class ActivationDataset(IterableDataset[Any]):
             buffers=self._buffers,
             prefetch=self._prefetch,
             meter=self._meter,
+            recycler=self._recycler,
         )
         self._pipeline = pipeline
         try:
@@ -306,14 +307,14 @@ class ActivationDataset(IterableDataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         """Settings and position; the receiving process opens the store itself."""
         state = self.__dict__.copy()
-        state.update(store=self.store.url, _pipeline=None, _meter=None)
+        state.update(store=self.store.url, _pipeline=None, _meter=None, _recycler=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Reopen the store."""
         self.__dict__.update(state)
         self.store = open_store(state["store"])
-        self._meter = Meter()
+        self._meter, self._recycler = Meter(), Recycler()
         self._pid = os.getpid()
         if self.store.fingerprint != self._plan.store:
             raise StreamError(f"the store at {self.store.url} changed while the dataset was sent to another process")

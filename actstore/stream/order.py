@@ -11,6 +11,7 @@ few integers and no table over chunks, so a resumed reader starts anywhere at on
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +149,9 @@ class StreamOrder:
         if self._tail:
             deficits = np.array([self._deficit(i, j) for i in range(self._bulk, self.pieces) for j in range(mix)])
             deficits = deficits[np.argsort(deficits[:, 0], kind="stable")]
+        # every piece is asked for by K slots in a row
+        self.piece = lru_cache(maxsize=2 * mix)(self._piece)
+        """Piece i, 0 <= i < n."""
         self._deficit_slots = deficits[:, 0]
         self._deficit_sums = np.concatenate([[0], np.cumsum(deficits[:, 1])])
 
@@ -155,8 +159,7 @@ class StreamOrder:
         place, chunk = self._line.chunk(position)
         return Piece(place=place, chunk=chunk, start=0, rows=self._g.chunk_rows)
 
-    def piece(self, i: int) -> Piece:
-        """Piece i, 0 <= i < n."""
+    def _piece(self, i: int) -> Piece:
         if i < self._bulk:
             return self._full_piece(i * self._streams + self._stream)
         return self._tail[i - self._bulk]

@@ -8,10 +8,13 @@ loads never overtake the consumer's order; every further buffer is read-ahead.
 
 import heapq
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +47,28 @@ class Meter:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
+class Recycler:
+    """Arrays by purpose, lent again once nobody else refers to them: fresh memory costs a page fault every 4 KiB.
+
+    A tensor or view made of an array refers to it, so what a consumer keeps is never touched.
+    """
+
+    def __init__(self) -> None:
+        """Own nothing yet."""
+        self._arrays: dict[str, list[NDArray[Any]]] = {}
+
+    def empty(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array of unspecified content."""
+        owned = self._arrays.setdefault(purpose, [])
+        for i in range(len(owned)):
+            # one reference from the list, one from the call
+            if sys.getrefcount(owned[i]) == 2 and owned[i].shape == shape:
+                return owned[i]
+        free = [a for a in owned if sys.getrefcount(a) > 3]
+        self._arrays[purpose] = [*free, made := np.empty(shape, dtype)]
+        return made
+
+
 @dataclass(eq=False)
 class _Resident:
     """A chunk in the pool: loading, then ready."""
@@ -65,6 +90,31 @@ class _SlotTask:
     """Chunk of each slice [K]."""
     loads: tuple[_Resident, ...]
     frees: tuple[_Resident, ...]
+    order: StreamOrder
+
+    def ready(self) -> bool:
+        """Whether all its chunks are decoded."""
+        return all(r.ready for r in self.residents)
+
+    @cached_property
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Buffer and row in its chunk of every row of the slot; only once all residents are ready."""
+        slices, row = self.order.rows_of(self.t, self.slot, 0, self.slot.rows)
+        return np.array([r.buffer for r in self.residents], np.int64)[slices], row
+
+
+@dataclass(eq=False)
+class _Draft:
+    """A batch in the making."""
+
+    batch: Batch
+    filled: int = 0
+    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = field(
+        default_factory=list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    )
+    """Buffers and rows to gather next."""
+    spent: list[_SlotTask] = field(default_factory=list[_SlotTask])
+    """Slots that these parts use up."""
 
 
 def _slot_tasks(order: StreamOrder, stream: int, start: int) -> Iterator[_SlotTask]:
@@ -82,7 +132,7 @@ def _slot_tasks(order: StreamOrder, stream: int, start: int) -> Iterator[_SlotTa
             upcoming = order.slot(t + 1)
             kept = set(upcoming.pieces)
         frees = tuple(resident.pop(i) for i in list(resident) if i not in kept)
-        yield _SlotTask(stream, t, slot, order.first_row(t), used, loads, frees)
+        yield _SlotTask(stream, t, slot, order.first_row(t), used, loads, frees, order)
 
 
 class Pipeline:
@@ -101,17 +151,23 @@ class Pipeline:
         buffers: int,
         prefetch: int,
         meter: Meter,
+        recycler: "Recycler",
     ) -> None:
         """Start the threads.
 
         `names` are the arrays to deliver; `orders` this rank's streams; every stream gives `rows_per_step` rows a step
-        (the last step what is left). `buffers` chunks fit the pool; `prefetch` batches wait in the queue.
+        (the last step what is left). `buffers` chunks fit the pool; `prefetch` batches wait in the queue; `recycler`
+        lends memory across epochs.
         """
         self._store, self._names, self._orders = store, names, orders
         self._step, self._steps, self._rows = step, steps, rows_per_step
         self._meter = meter
         self._index: dict[str, ArrayIndex] = {n: store.index.arrays[n] for n in names}
-        self._pool = {n: np.empty((buffers, a.array.chunk_bytes), np.uint8) for n, a in self._index.items()}
+        self._recycler = recycler
+        self._pool = {
+            n: recycler.empty(f"pool/{n}", (buffers, a.array.chunk_bytes), np.dtype(np.uint8))
+            for n, a in self._index.items()
+        }
         self._free = list(range(buffers))
         self._changed = threading.Condition()
         self._stop = False
@@ -215,17 +271,13 @@ class Pipeline:
 
     def _assemble(self) -> None:
         for step in range(self._step, self._steps):
-            rows = {s: self._share(o, step) for s, o in self._orders.items()}
-            total = sum(stop - start for start, stop in rows.values())
-            batch: Batch = {n: self._empty(n, total) for n in self._names}
-            done = 0
-            for s, (start, stop) in rows.items():
-                if not self._fill(batch, done, s, start, stop):
+            shares = {s: self._share(order, step) for s, order in self._orders.items()}
+            draft = _Draft(self._lend(sum(stop - start for start, stop in shares.values())))
+            for s, (start, stop) in shares.items():
+                if not self._collect(draft, s, start, stop):
                     return
-                done += stop - start
-            with self._meter.lock:
-                self._meter.delivered_bytes += sum(a.nbytes for a in batch.values())
-            if not self._put(batch):
+            self._flush(draft)
+            if not self._put(draft.batch):
                 return
         self._put(None)
 
@@ -233,36 +285,47 @@ class Pipeline:
         """The rows of a stream that belong to a step."""
         return min(step * self._rows, order.rows), min((step + 1) * self._rows, order.rows)
 
-    def _empty(self, name: str, rows: int) -> NDArray[np.generic]:
-        array = self._index[name].array
-        return np.empty((rows, *array.shape[1:]), RAW[array.dtype.name])
+    def _lend(self, rows: int) -> Batch:
+        arrays = {n: a.array for n, a in self._index.items()}
+        return {n: self._recycler.empty(n, (rows, *a.shape[1:]), RAW[a.dtype.name]) for n, a in arrays.items()}
 
-    def _fill(self, batch: Batch, at: int, stream: int, start: int, stop: int) -> bool:
-        """Gather rows start to stop of a stream into the batch from row `at` on; False if stopped."""
-        order, planned = self._orders[stream], self._planned[stream]
+    def _collect(self, draft: "_Draft", stream: int, start: int, stop: int) -> bool:
+        """Add rows start to stop of a stream to the draft; False if stopped."""
+        planned = self._planned[stream]
         while start < stop:
-            if not self._wait(lambda: bool(planned)):
-                return False
+            if not planned or not planned[0].ready():
+                # what is being waited for may need the buffers that the draft holds
+                self._flush(draft)
+                if not self._wait(lambda: bool(planned) and planned[0].ready()):
+                    return False
             task = planned[0]
             end = min(stop, task.first_row + task.slot.rows)
-            if not self._wait(lambda task=task: all(r.ready for r in task.residents)):
-                return False
+            buffer, row = task.rows
+            part = slice(start - task.first_row, end - task.first_row)
+            draft.parts.append((buffer[part], row[part]))
+            start = end
+            if end == task.first_row + task.slot.rows:
+                draft.spent.append(planned.pop(0))
+        return True
+
+    def _flush(self, draft: "_Draft") -> None:
+        """Gather what the draft points to, and free the buffers of the slots it used up."""
+        if draft.parts:
             began = time.perf_counter()
-            slices, row = order.rows_of(task.t, task.slot, start - task.first_row, end - task.first_row)
-            buffer = np.array([r.buffer for r in task.residents], np.int64)[slices]
+            buffer, row = (np.concatenate(columns) for columns in zip(*draft.parts, strict=True))
             for name, pool in self._pool.items():
-                out = batch[name][at : at + end - start]
-                planes = self._index[name].array.codec == "planes"
-                gather(pool, buffer, row, out.reshape(len(out), -1), planes=planes)
+                out = draft.batch[name][draft.filled : draft.filled + len(row)]
+                gather(pool, buffer, row, out.reshape(len(row), -1), planes=self._index[name].array.codec == "planes")
             with self._meter.lock:
                 self._meter.gather_s += time.perf_counter() - began
-            at, start = at + end - start, end
-            if end == task.first_row + task.slot.rows:
-                with self._changed:
-                    planned.pop(0)
-                    self._free.extend(r.buffer for r in task.frees)
-                    self._changed.notify_all()
-        return True
+                self._meter.delivered_bytes += sum(a.nbytes // len(a) for a in draft.batch.values()) * len(row)
+            draft.filled += len(row)
+            draft.parts.clear()
+        if draft.spent:
+            with self._changed:
+                self._free.extend(r.buffer for task in draft.spent for r in task.frees)
+                self._changed.notify_all()
+            draft.spent.clear()
 
     def _put(self, batch: Batch | None) -> bool:
         while not self._stop:
