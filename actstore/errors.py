@@ -35,7 +35,8 @@ class StreamError(ActstoreError):
 
 def mismatch(what: str, found: dict[str, object], expected: dict[str, object], remedy: str) -> MismatchError:
     """A `MismatchError` that lists exactly the fields that differ."""
-    keys = [k for k in sorted(found.keys() | expected.keys()) if found.get(k) != expected.get(k)]
+    both = found.keys() & expected.keys()
+    keys = [k for k in sorted(found.keys() | expected.keys()) if k not in both or found[k] != expected[k]]
 
     def field(k: str) -> str:
         if k not in expected:

@@ -124,9 +124,7 @@ def _tokenize(out: Path, progress: Progress) -> None:
     from actstore.tokens import tokenize
 
     for name, text in zip(("tokens", "heldout"), builtin.TEXTS, strict=True):
-        config = TokenizeConfig(
-            sources=(text,), tokenizer=builtin.NAME, out=str(out / name), seq_len=SEQ_LEN
-        )
+        config = TokenizeConfig(sources=(text,), tokenizer=builtin.NAME, out=str(out / name), seq_len=SEQ_LEN)
         tokenize(config, progress)
 
 

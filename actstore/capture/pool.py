@@ -37,7 +37,7 @@ def run_buckets(
     """
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
     with _ray(config, threads) as ray:
-        device, gpus = _placement(config, ray.cluster_resources().get("GPU", 0))
+        device, gpus = _placement(config, ray.cluster_resources().get("GPU", 0.0))
         replica = replica_config(config, model_config, device, threads)
         actor = ray.remote(Replica).options(
             num_cpus=threads,

@@ -143,19 +143,20 @@ def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int |
     Raises `MismatchError` naming every field that differs, `StoreError` if something else lives at the URL.
     """
     storage = open_storage(url)
-    if not storage.exists(GROUP_KEY):
-        for array in arrays(spec).values():
-            storage.put(f"{array.name}/zarr.json", dump(array.metadata()))
-        if storage.create(GROUP_KEY, group_metadata(spec)):
-            return StoreWriter(storage, spec, threads=threads)
-    found = read_spec(storage)
-    if found != spec:
-        flat = (_comparable(found), _comparable(spec))
+    created = not storage.exists(GROUP_KEY)
+    if not created and (found := read_spec(storage)) != spec:
         raise mismatch(
-            f"the store at {storage.url}", *flat, remedy="Use the same settings to continue it, or another --out."
+            f"the store at {storage.url}",
+            _comparable(found),
+            _comparable(spec),
+            remedy="Use the same settings to continue it, or another --out.",
         )
     for array in arrays(spec).values():
-        storage.put(f"{array.name}/zarr.json", dump(array.metadata()))
+        key = f"{array.name}/zarr.json"
+        if created or not storage.exists(key):
+            storage.put(key, dump(array.metadata()))
+    if created and not storage.create(GROUP_KEY, group_metadata(spec)):
+        return create_store(url, spec, threads=threads)  # somebody else was first: compare with theirs
     return StoreWriter(storage, spec, threads=threads)
 
 
@@ -177,12 +178,17 @@ def read_spec(storage: Storage) -> StoreSpec:
     return spec_from_json(attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None, where)
 
 
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested objects as dotted names, for comparing field by field."""
+def _comparable(spec: StoreSpec) -> dict[str, object]:
+    """The spec as dotted names with plain values, for comparing field by field."""
+    sites = {name: f"{s.encoding}[{s.d}]" for name, s in spec.sites.items()}
+    return _flat({**vars(spec), "sites": sites})
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in data.items():
         if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
+            flat.update(_flat(value, f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -294,7 +294,7 @@ class ActivationDataset(IterableDataset[Any]):
             self._pipeline.close()
             self._pipeline = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ActivationDataset":  # noqa: PYI034  beartype knows Self in decorated classes only
         """Use as a context manager to close at the end."""
         return self
 
