@@ -8,6 +8,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from actstore.progress import scaled
+
 INK, ACCENT, MUTED = "#222222", "#1f6f8b", "#bbbbbb"
 mpl.rcParams.update({
     "svg.fonttype": "path", "svg.hashsalt": "actstore", "font.size": 9, "axes.spines.top": False,
@@ -51,7 +53,7 @@ def _bars(values: Mapping[str, float], label: str, *, log: bool) -> str:
     axes = figure.add_subplot()
     names = list(values)[::-1]
     bars = axes.barh(names, [values[n] for n in names], color=ACCENT, height=0.6)
-    axes.bar_label(bars, fmt="%.3g", padding=3, color=INK)
+    axes.bar_label(bars, labels=[scaled(values[n]) for n in names], padding=3, color=INK)
     axes.set(xlabel=label, xscale="log" if log else "linear")
     axes.margins(x=0.12)
     return _svg(figure)
