@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import render_readme
+
 from actstore.bench import machine
 
 HERE = Path(__file__).parent
@@ -26,6 +28,7 @@ def main() -> None:
         "machine": machine(),
     }
     (HERE / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
+    render_readme.main()
 
 
 if __name__ == "__main__":

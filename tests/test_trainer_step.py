@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer import reference
-from trainer.optim import project, second_moments, update
+from trainer.optim import clip, project, second_moments, update
 from trainer.recipe import GEMMA_SCOPE, PRESETS, SHORT, Recipe
 from trainer.sae import JumpReLUSAE, init_sae
 
@@ -30,6 +30,7 @@ VARIANTS = {
     "no_relu": dataclasses.replace(WIDE, relu_before_jump=False, threshold_init=0.02),
     "target": dataclasses.replace(WIDE, target_l0=5.0, log_threshold=False, sparsity_coefficient=0.05),
     "decay": dataclasses.replace(WIDE, lr_decay_fraction=0.5),
+    "clip": dataclasses.replace(WIDE, clip_norm=0.1),
 }
 
 
@@ -150,6 +151,7 @@ def test_constants_are_gemma_scopes():
     assert PRESETS["gemma_scope"] is GEMMA_SCOPE and PRESETS["short"] is SHORT
     assert dataclasses.asdict(GEMMA_SCOPE) == {
         "bandwidth": 0.001,
+        "clip_norm": None,
         "lr": 7e-5,
         "lr_warmup_steps": 1_000,
         "lr_warmup_start": 0.1,
@@ -206,6 +208,23 @@ def test_order_is_project_adam_renormalise():
     update(sae, gradients, moments, step=1, rate=0.1, recipe=WIDE)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(W), atol=1e-6)
     assert not torch.allclose(sae.W_dec, before, atol=1e-3)
+
+
+def test_clipping_bounds_the_joint_norm_and_leaves_small_gradients_alone():
+    def joint(gradients):
+        return sum(g.double().square().sum() for g in gradients.values()).sqrt()
+
+    large = {"a": torch.full((3, 4), 2.0), "b": torch.full((5,), -1.0)}
+    direction = {k: g / joint(large) for k, g in large.items()}
+    clip(large, 0.5)
+    torch.testing.assert_close(joint(large), torch.tensor(0.5, dtype=torch.float64))
+    torch.testing.assert_close({k: g / joint(large) for k, g in large.items()}, direction, check_dtype=False)
+    small = {"a": torch.full((2,), 0.1)}
+    clip(small, 0.5)
+    assert torch.equal(small["a"], torch.full((2,), 0.1))
+    none = {"a": torch.zeros(2)}
+    clip(none, 0.5)
+    assert torch.equal(none["a"], torch.zeros(2))
 
 
 def test_projection_is_orthogonal():

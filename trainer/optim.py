@@ -22,6 +22,14 @@ def project(W_dec: Tensor, gradient: Tensor) -> None:
     gradient.addcmul_((gradient * W_dec).sum(1, keepdim=True), W_dec, value=-1)
 
 
+def clip(gradients: dict[str, Tensor], most: float) -> None:
+    """Scale all gradients in place so that their joint norm is at most `most`; the device is not waited for."""
+    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+    factor = (most / norm).clamp(max=1.0)
+    for gradient in gradients.values():
+        gradient.mul_(factor)
+
+
 def update(
     sae: JumpReLUSAE,
     gradients: dict[str, Tensor],
@@ -32,6 +40,8 @@ def update(
     recipe: Recipe,
 ) -> None:
     """One update of the parameters and moments in place; `step` counts from 0. The gradients are used up."""
+    if recipe.clip_norm is not None:
+        clip(gradients, recipe.clip_norm)
     project(sae.W_dec, gradients["W_dec"])
     correction = 1 - recipe.beta2 ** (step + 1)
     for name, parameter in sae.parameters.items():

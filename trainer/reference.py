@@ -106,6 +106,9 @@ def step(
 ) -> tuple[Weights, Weights]:
     """Step `number` (from 0) of `steps`: gradients, projection, Adam, renormalisation; returns weights and moments."""
     g = gradients(w, x, recipe, recipe.sparsity(number))
+    if recipe.clip_norm is not None:
+        norm = np.sqrt(sum((part**2).sum() for part in g))
+        g = Weights(*(part * min(1.0, recipe.clip_norm / norm) for part in g))
     direction = unit_rows(w.W_dec)
     g = g._replace(W_dec=g.W_dec - (g.W_dec * direction).sum(1, keepdims=True) * direction)
     v = Weights(*(recipe.beta2 * old + (1 - recipe.beta2) * new**2 for old, new in zip(v, g, strict=True)))
