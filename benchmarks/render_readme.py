@@ -20,7 +20,8 @@ def main() -> None:
     figures = json.loads((HERE / "demo.json").read_text())["figures"]
     rows = ROWS.format(megabytes=figures["bytes_stored"] / 1e6, **figures)
     readme = HERE.parent / "README.md"
-    text, found = re.subn(r"\| activations stored .*?\| time on 2 cores [^\n]*\n", rows, readme.read_text(), flags=re.DOTALL)
+    table = re.compile(r"\| activations stored .*?\| time on 2 cores [^\n]*\n", re.DOTALL)
+    text, found = table.subn(rows, readme.read_text())
     if found != 1:
         raise SystemExit("README.md has no table of the demo's figures")
     readme.write_text(text)

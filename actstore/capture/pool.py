@@ -47,11 +47,7 @@ def run_buckets(
             max_task_retries=CRASHES_PER_BUCKET,
         )
         actors = [actor.remote(replica) for _ in range(min(config.workers, len(todo)))]
-        try:
-            return _take_buckets(ray, actors, todo, step, config.out)
-        finally:
-            for a in actors:
-                ray.kill(a)
+        return _take_buckets(ray, actors, todo, step, config.out)
 
 
 def replica_config(config: CaptureConfig, model_config: Any, device: str, threads: int) -> ReplicaConfig:
