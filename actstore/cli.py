@@ -6,7 +6,7 @@ needs it. Exit codes: 0, 1 (failed), 2 (bad arguments), 130 (interrupted; the sa
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -16,6 +16,9 @@ from actstore import console
 from actstore.capture.config import CaptureConfig
 from actstore.progress import Progress
 from actstore.tokens.config import TokenizeConfig
+
+if TYPE_CHECKING:
+    from actstore.bench import Report
 
 Json = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also write the figures to this file, as JSON.")]
 
@@ -130,10 +133,7 @@ def verify(url: Positional[str], *, deep: bool = False, json: Json = None) -> No
     )
 
 
-def _show(report: "object", json: Path | None) -> None:
-    from actstore.bench import Report
-
-    assert isinstance(report, Report)
+def _show(report: "Report", json: Path | None) -> None:
     rows = [(r.what, r.gb_s, r.of_ceiling, r.ceiling) for r in report.rates]
     console.print_table(report.command, rows, header=("", "GB/s", "ratio", "to"))
     print(f"bound: {report.bound}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from actstore.store import SiteSpec, StoreSpec, create_store
 
@@ -68,10 +69,17 @@ def write_known(url: str | Path, spec: StoreSpec = SPEC, *, buckets: Any = None,
     return known
 
 
+def clear_memory(url: str) -> None:
+    """Drop everything below a `memory://` URL."""
+    fs = MemoryFileSystem()
+    if fs.exists(url):
+        fs.rm(url, recursive=True)
+
+
 @pytest.fixture
 def known(tmp_path: Path) -> Known:
     """A finished store of 1000 rows: four buckets, the last one short, its last chunk too."""
     return write_known(tmp_path / "store")
 
 
-__all__ = ["SPEC", "Known", "random_sites", "replace", "write_known"]
+__all__ = ["SPEC", "Known", "clear_memory", "random_sites", "replace", "write_known"]

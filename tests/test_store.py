@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zarr
 import zstandard
-from conftest import SPEC, Known, random_sites, write_known
+from conftest import SPEC, Known, clear_memory, random_sites, write_known
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -23,7 +23,7 @@ from actstore.errors import IntegrityError, MismatchError, StoreError
 from actstore.store import SiteSpec, codec, create_store, open_store, open_writer, record, shard, stats
 from actstore.store.manifest import manifest_keys
 from actstore.store.spec import SEAL, UNSEALED, dump, group_metadata, spec_from_json
-from actstore.store.storage import LocalStorage, clear_memory, open_storage
+from actstore.store.storage import LocalStorage, open_storage
 from actstore.store.verify import verify
 
 

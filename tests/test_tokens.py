@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from conftest import clear_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -18,7 +19,7 @@ from tiny import tokenizer_of
 from actstore import keyed
 from actstore.errors import IntegrityError, MismatchError, StoreError, TokensError
 from actstore.progress import Progress
-from actstore.store.storage import clear_memory, open_storage
+from actstore.store.storage import open_storage
 from actstore.tokens import TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
 from actstore.tokens.pack import pack, special_ids
 from actstore.tokens.tokenizer import Tokenizer, load_tokenizer

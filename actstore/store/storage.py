@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import fsspec
-from fsspec.implementations.memory import MemoryFileSystem
 
 from actstore.errors import StoreError
 
@@ -234,10 +233,3 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     if scheme not in fsspec.available_protocols():
         raise ValueError(f"unknown URL scheme {scheme!r} in {text!r}; use a path, file://, gs://, s3:// or memory://")
     return FsspecStorage(text)
-
-
-def clear_memory(url: str) -> None:
-    """Drop everything below a `memory://` URL; for tests."""
-    fs = MemoryFileSystem()
-    if fs.exists(url):
-        fs.rm(url, recursive=True)

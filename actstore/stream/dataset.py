@@ -186,7 +186,7 @@ class ActivationDataset(IterableDataset[Any]):
             # Threads and most object-store clients do not survive a fork; start afresh in the child.
             self._pipeline, self._meter, self._recycler, self._pid = None, Meter(), Recycler(), os.getpid()
             self.store = open_store(self.store.url)
-        self.close()
+        self._stop()
         if not self._resume:
             self._step = 0
         self._resume = False
@@ -256,7 +256,7 @@ class ActivationDataset(IterableDataset[Any]):
         epoch, step = state["epoch"], state["step"]
         if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 0 or not 0 <= step < max(1, len(self)):
             raise StreamError(f"state is at epoch {epoch!r}, step {step!r}; an epoch has {len(self)} steps")
-        self.close()
+        self._stop()
         self._epoch, self._step, self._resume = epoch, step, True
 
     def stats(self) -> dict[str, float]:
@@ -289,7 +289,11 @@ class ActivationDataset(IterableDataset[Any]):
         return found
 
     def close(self) -> None:
-        """Stop all threads; iterating again starts new ones."""
+        """Stop all threads and let go of the memory; iterating again takes new ones."""
+        self._stop()
+        self._recycler = Recycler()
+
+    def _stop(self) -> None:
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
