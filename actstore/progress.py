@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 PLAIN_INTERVAL_S = 5.0
 """Seconds between plain lines where there is no terminal."""
@@ -79,6 +80,11 @@ class Step:
             self._progress.console.print(f"{line}  {self.text}".rstrip(), highlight=False, soft_wrap=True)
 
 
+def _whole() -> Column:
+    """A column that a narrow terminal does not cut; the note at the end gives way first."""
+    return Column(no_wrap=True, overflow="fold")
+
+
 class Progress:
     """The display of one command; use as a context manager and open a `step` per long step."""
 
@@ -95,16 +101,15 @@ class Progress:
         """Show the live bars, if there is a terminal."""
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description:<10}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[rate]:>16}"),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.description:<10}", table_column=_whole()),
+                BarColumn(bar_width=16),
+                TextColumn("{task.percentage:>3.0f}%", table_column=_whole()),
+                TextColumn("{task.fields[rate]:>16}", table_column=_whole()),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+                TextColumn("left", table_column=_whole()),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             )
-            self.live = RichProgress(*columns, console=self.console)
+            self.live = RichProgress(*columns, console=self.console, expand=True)
             self.live.start()
         return self
 
