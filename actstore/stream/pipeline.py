@@ -224,9 +224,8 @@ class Pipeline:
                 self._changed.notify_all()
 
     def _load(self) -> None:
-        loads_lock = self._changed
         while True:
-            with loads_lock:
+            with self._changed:
                 while not self._free and not self._stop:
                     self._changed.wait(POLL_S)
                 if self._stop:
