@@ -88,6 +88,7 @@ def info(url: Positional[str], *, json: Json = None) -> None:
     figures = {
         "rows": store.rows,
         "planned_rows": store.spec.rows,
+        "complete": store.complete,
         "buckets": len(store.index.buckets),
         "planned_buckets": store.spec.buckets,
         "bytes_stored": store.stored_bytes,

@@ -39,6 +39,7 @@ def test_an_unfinished_store_says_how_far_it_is(tmp_path: Path) -> None:
     run("info", str(tmp_path / "s"), "--json", str(tmp_path / "i.json"))
     figures = json.loads((tmp_path / "i.json").read_text())
     assert (figures["rows"], figures["planned_rows"], figures["planned_buckets"]) == (256, 1000, 4)
+    assert figures["complete"] is False
     write_known(tmp_path / "e", buckets=[])
     run("info", str(tmp_path / "e"))
 

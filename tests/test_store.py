@@ -159,7 +159,7 @@ def test_partial_stores_show_committed_buckets_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_kill_9_leaves_whole_buckets_and_a_rerun_completes(tmp_path: Path, kills: int) -> None:
-    """Killed at random moments, again and again, until it is done; compared with an undisturbed store."""
+    """Killed at random moments, checked a dozen times on the way, then finished and compared with a quiet store."""
     spec = replace(SPEC, rows=256 * 4 * kills)
     undisturbed = write_known(tmp_path / "whole", spec)
     context = multiprocessing.get_context("fork")

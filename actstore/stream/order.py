@@ -209,7 +209,3 @@ class StreamOrder:
             index = keyed.permute(index, slot.rows, key)
         slices = np.searchsorted(slot.edges, index, side="right") - 1
         return slices, slot.starts[slices] + index - slot.edges[slices]
-
-    def last_use(self, i: int) -> int:
-        """The last slot that needs piece i, where pieces that wrap around are loaded twice."""
-        return min(i + self._mix, self.pieces) - 1
