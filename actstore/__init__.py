@@ -1,6 +1,7 @@
 """actstore: the open activation store for interpretability research.
 
-`actstore.open(url)` opens a store, `actstore.ActivationDataset(url, sites=...)` streams shuffled batches from it.
+`actstore.open(url)` opens a store, `actstore.ActivationDataset(url, sites=...)` streams shuffled batches from it,
+`actstore.create(url, sites=...)` makes one of activations from anywhere.
 """
 
 import os
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from actstore.errors import ActstoreError
 
 if TYPE_CHECKING:
+    from actstore.store.append import create
     from actstore.store.reader import Store
     from actstore.stream.dataset import ActivationDataset
 
 __version__ = "0.1.0"
-__all__ = ["ActivationDataset", "ActstoreError", "open"]
+__all__ = ["ActivationDataset", "ActstoreError", "create", "open"]
 
 
 def open(url: str | os.PathLike[str]) -> "Store":  # noqa: A001  actstore.open is the public name
@@ -24,7 +26,11 @@ def open(url: str | os.PathLike[str]) -> "Store":  # noqa: A001  actstore.open i
 
 
 def __getattr__(name: str) -> Any:
-    """Load torch only when the dataset is asked for."""
+    """Load what is heavy only when it is asked for."""
+    if name == "create":
+        from actstore.store.append import create
+
+        return create
     if name == "ActivationDataset":
         from actstore.stream.dataset import ActivationDataset
 

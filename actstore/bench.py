@@ -133,14 +133,14 @@ def _read_stages(store: Store, site: str, threads: int, batch_size: int) -> dict
     present = np.argwhere(where.chunks > 0)
     chosen = present[np.linspace(0, len(present) - 1, min(len(present), 64)).astype(int)]
     places = [where.locate(int(p), int(store.index.buckets[p]), int(c)) for p, c in chosen]
-    stored = [store.storage.get_range(*place) for place in places]
+    stored = [store.storage.get_range(p.key, p.offset, p.length) for p in places]
     decoded = np.empty((len(places), array.chunk_bytes), np.uint8)
     rng = np.random.default_rng(0)
     buffer, row = rng.integers(0, len(places), batch_size), rng.integers(0, array.chunk_rows, batch_size)
     out = np.empty((batch_size, *array.shape[1:]), RAW[array.dtype.name])
 
     def fetch(i: int) -> int:
-        store.storage.get_range(*places[i])
+        store.storage.get_range(places[i].key, places[i].offset, places[i].length)
         return array.chunk_bytes
 
     def decode(i: int) -> int:

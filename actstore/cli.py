@@ -5,8 +5,9 @@ needs it. Exit codes: 0, 1 (failed), 2 (bad arguments), 130 (interrupted; the sa
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -73,6 +74,57 @@ def capture(config: OmitArgPrefixes[CaptureConfig], *, json: Json = None) -> Non
     console.write_json(json, summary)
 
 
+@app.command(name="import")
+def import_(
+    sources: Positional[tuple[str, ...]],
+    *,
+    out: str,
+    site: str,
+    format: Literal["auto", "numpy", "safetensors", "saelens", "activault"] = "auto",  # noqa: A002  the option's name
+    tensor: str | None = None,
+    encoding: str = "bf16",
+    bucket_rows: int = 1 << 18,
+    shard_rows: int = 1 << 14,
+    chunk_rows: int = 1 << 11,
+    threads: int | None = None,
+    json: Json = None,
+) -> None:
+    """Make a store of activations that other tools wrote. Run it again to continue.
+
+    Args:
+        sources: files (.npy, .npz, .safetensors, SAELens' .arrow, activault's .pt) and directories of them.
+        out: where the store goes: a directory or an fsspec URL.
+        site: what the rows are, such as resid_post.12.
+        format: what the files are; auto: by their names.
+        tensor: the tensor, npz member or data set column, if a file has several.
+        encoding: bf16, f32 or fixed:EPS, such as fixed:1e-3.
+        bucket_rows: rows of a bucket: shuffle scope and unit of commit; two of them are held in memory.
+        shard_rows: rows of a shard: one object on storage.
+        chunk_rows: rows of a chunk: the unit of reading.
+        threads: encoding threads; default one a core.
+        json: also write the figures to this file, as JSON.
+
+    """
+    from actstore.store.importers import import_activations
+
+    with Progress() as progress:
+        summary = import_activations(
+            sources,
+            out=out,
+            site=site,
+            format=format,
+            tensor=tensor,
+            encoding=encoding,
+            bucket_rows=bucket_rows,
+            shard_rows=shard_rows,
+            chunk_rows=chunk_rows,
+            threads=threads,
+            progress=progress,
+        )
+    console.print_table(f"store {out}", vars(summary))
+    console.write_json(json, summary)
+
+
 @app.command
 def info(url: Positional[str], *, json: Json = None) -> None:
     """Say what a store holds.
@@ -83,28 +135,121 @@ def info(url: Positional[str], *, json: Json = None) -> None:
 
     """
     from actstore.store import open_store
+    from actstore.store.info import describe
 
-    store = open_store(url)
-    figures = {
-        "rows": store.rows,
-        "planned_rows": store.spec.rows,
-        "complete": store.complete,
-        "buckets": len(store.index.buckets),
-        "planned_buckets": store.spec.buckets,
-        "bytes_stored": store.stored_bytes,
-        "bytes_raw": store.raw_bytes,
-        "ratio": store.raw_bytes / max(store.stored_bytes, 1),
-        "fingerprint": store.fingerprint,
-    }
-    console.print_table(f"store {url}", figures)
-    sites = []
-    for name, site in sorted(store.sites.items()):
-        s = store.stats(name) if store.index.stats else None
-        sites.append((name, site.d, site.encoding, s and s.mean_sq_norm**0.5, s and s.max_abs))
-    console.print_table("sites", sites, header=("site", "d", "encoding", "root mean square norm", "max |x|"))
-    console.print_table("provenance", {k: str(v) for k, v in sorted(store.provenance.items())})
-    stats = {n: {"d": d, "encoding": e, "rms_norm": r, "max_abs": m} for n, d, e, r, m in sites}
-    console.write_json(json, figures | {"sites": stats, "provenance": store.provenance})
+    figures = describe(open_store(url))
+    sites, provenance = figures["sites"], figures["provenance"]
+    shown = {k: v for k, v in figures.items() if k not in ("sites", "provenance", "open_ended")}
+    if figures["open_ended"]:
+        shown |= {"planned_rows": "open-ended", "planned_buckets": "open-ended"}
+    elif not figures["complete"]:
+        shown["complete"] = f"{figures['buckets'] / figures['planned_buckets']:.1%}"
+    console.print_table(f"store {url}", shown)
+    header = ("site", "d", "encoding", "bytes", "ratio", "rms norm", "max |x|", "saturated")
+    console.print_table("sites", [(name, *site.values()) for name, site in sites.items()], header=header)
+    console.print_table("provenance", {k: str(v) for k, v in sorted(provenance.items())})
+    console.write_json(json, figures)
+
+
+@app.command
+def cp(
+    src: Positional[str],
+    dst: Positional[str],
+    *,
+    encoding: str | None = None,
+    codec: Literal["planes", "blosc", "none"] | None = None,
+    move: bool = False,
+    json: Json = None,
+) -> None:
+    """Copy a store to another place, checking every chunk on the way. Run it again to continue.
+
+    Args:
+        src: the store.
+        dst: where the copy goes: a directory or an fsspec URL.
+        encoding: store the values anew as bf16, f32 or fixed:EPS; default: as they are.
+        codec: compress the chunks anew; default: as they are.
+        move: delete the source when the whole copy has been read back.
+        json: also write the figures to this file, as JSON.
+
+    """
+    from actstore.store.copy import copy
+
+    with Progress() as progress:
+        summary = copy(src, dst, encoding=encoding, codec=codec, move=move, progress=progress)
+    console.print_table(f"store {dst}", vars(summary) | {"left": ", ".join(summary.left) or None})
+    if summary.buckets != summary.planned_buckets:
+        print("the source is unfinished; run the same command again when more of it is committed")
+    console.write_json(json, summary)
+
+
+@app.command
+def export(
+    url: Positional[str],
+    *,
+    out: Path,
+    sites: str | None = None,
+    rows: str | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    format: Literal["safetensors", "npy", "parquet"] | None = None,  # noqa: A002  the option's name
+    json: Json = None,
+) -> None:
+    """Write rows of a store, in row order and with their provenance, to a file that other tools read.
+
+    Args:
+        url: the store.
+        out: the file; with --format npy a directory.
+        sites: names, separated by commas; default all.
+        rows: first row and the row after the last, such as 0:4096; default all.
+        sample: instead of rows: so many rows, drawn uniformly without replacement.
+        seed: which sample.
+        format: default: by the suffix of out. bf16 is exact float32 in npy and parquet, which have no bfloat16.
+        json: also write the figures to this file, as JSON.
+
+    """
+    from actstore.store.export import export as run
+    from actstore.store.export import parse_rows
+
+    with Progress() as progress:
+        summary = run(
+            url,
+            out,
+            sites=sites.split(",") if sites is not None else None,
+            rows=parse_rows(rows) if rows is not None else None,
+            sample=sample,
+            seed=seed,
+            format=format,
+            progress=progress,
+        )
+    console.print_table(str(out), vars(summary) | {"sites": ", ".join(summary.sites)})
+    console.write_json(json, summary)
+
+
+@app.command
+def gc(url: Positional[str], *, older_than: float = 24.0, delete: bool = False, json: Json = None) -> None:
+    """List what dead attempts left in a store; with --delete, free it.
+
+    Leftover shards of a bucket that may yet be written are replaced by empty ones, all else is deleted.
+
+    Args:
+        url: the store.
+        older_than: hours for which nobody may have been at it.
+        delete: free what is listed.
+        json: also write the list to this file, as JSON.
+
+    """
+    from actstore.store.gc import collect
+
+    found = collect(url, older_than=older_than, delete=delete)
+    for g in found.garbage:
+        print(f"{g.size:>14,}  {console.figure(g.key)}  ({g.why})")
+    for reason in found.kept:
+        print(f"left alone: {reason}")
+    for key, size in found.unknown.items():
+        print(f"unknown, left alone: {console.figure(key)} ({size:,} bytes)")
+    hint = "freed" if delete or not found.garbage else "to free; do it with --delete"
+    print(f"{len(found.garbage):,} objects, {found.bytes:,} bytes {hint}")
+    console.write_json(json, asdict(found) | {"bytes": found.bytes})
 
 
 @app.command
@@ -117,21 +262,18 @@ def verify(url: Positional[str], *, deep: bool = False, json: Json = None) -> No
         json: also write the damage to this file, as JSON.
 
     """
-    from actstore.store import open_store
+    from actstore.store import open_storage
     from actstore.store.verify import verify as check
 
-    store = open_store(url)
     with Progress() as progress:
-        step = progress.step("verify", total=store.rows, unit="rows")
-        damage = check(store, deep=deep, advance=step.advance)
-    for d in damage:
+        step = progress.step("verify", total=1, unit="rows")
+        found = check(open_storage(url), deep=deep, begin=step.expect, advance=step.advance)
+    for d in found.damage:
         print(f"{d.key}: {d.problem}")
-    console.write_json(json, {"buckets": len(store.index.buckets), "damaged": [vars(d) for d in damage]})
-    if damage:
+    console.write_json(json, {"buckets": found.buckets, "damaged": [vars(d) for d in found.damage]})
+    if found.damage:
         sys.exit(1)
-    print(
-        f"{len(store.index.buckets)} committed buckets are intact{'' if deep else ' (sizes only; --deep reads them)'}"
-    )
+    print(f"{found.buckets} committed buckets are intact{'' if deep else ' (sizes only; --deep reads them)'}")
 
 
 def _show(report: "Report", json: Path | None) -> None:

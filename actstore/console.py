@@ -63,21 +63,30 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_WHOLE = 32
+"""Characters up to which the first column of a table with a header, which holds names, is not broken."""
+
+
 def print_table(title: str, rows: Mapping[str, Any] | list[tuple[Any, ...]], *, header: tuple[str, ...] = ()) -> None:
     """Print figures on standard output: a mapping as two columns, a list of tuples under `header`."""
     table = Table(title=title, title_justify="left", show_header=bool(header), header_style="bold")
     lines = list(rows.items()) if isinstance(rows, Mapping) else rows
+    cells = [[figure(v) for v in line] for line in lines]
     for i in range(len(lines[0]) if lines else len(header)):
-        table.add_column(header[i] if header else "", justify="left" if i == 0 else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*(escape(figure(v)) for v in line))
-    Console(soft_wrap=True).print(table)
+        whole = max((len(line[i]) for line in cells), default=0) <= _WHOLE and bool(header)
+        justify = "left" if i == 0 else "right"
+        table.add_column(header[i] if header else "", justify=justify, overflow="fold", no_wrap=i == 0 and whole)
+    for line in cells:
+        table.add_row(*map(escape, line))
+    Console(soft_wrap=True, emoji=False).print(table)
 
 
 def figure(value: Any) -> str:
-    """A value as tables show it: thousands separated, four significant digits."""
+    """A value as tables show it: thousands separated, four significant digits, nothing that a terminal would act on."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))

@@ -13,8 +13,16 @@ class StoreError(ActstoreError):
     """A store, or an object in it, is missing, malformed or unreachable."""
 
 
+class MissingError(StoreError):
+    """An object is not there."""
+
+
 class IntegrityError(StoreError):
     """Stored bytes are not the bytes that were written."""
+
+
+class EncodingError(ActstoreError):
+    """A value can't be stored in the encoding that was asked for."""
 
 
 class MismatchError(ActstoreError):

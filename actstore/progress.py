@@ -53,6 +53,12 @@ class Step:
         self._skipped += n
         self.advance(n)
 
+    def expect(self, total: float) -> None:
+        """Set the number of units, where it is known only after the step began."""
+        self.total = total
+        if self._progress.live and self._task is not None:
+            self._progress.live.update(self._task, total=total)
+
     def advance(self, n: float) -> None:
         """Count n more units as done."""
         self.done += n

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from servers import backend_url, gcs_server, s3_server
 
-from actstore.store import SiteSpec, StoreSpec, create_store
+from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
+from actstore.store.record import CommitRecord
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,27 @@ def random_sites(spec: StoreSpec, seed: int = 0) -> dict[str, np.ndarray]:
     return out
 
 
+def fill(writer: StoreWriter, bucket: int, sites: dict[str, np.ndarray]) -> CommitRecord | None:
+    """Write a bucket of rows given in row order; `sequence` holds the row number, so each stored row can be checked."""
+    first, stop = writer.bucket_range(bucket)
+    n = stop - first
+    order = np.argsort(writer.permutation(bucket))
+    row = np.arange(first, stop, dtype=np.int32)[order]
+    return writer.write_bucket(
+        bucket,
+        {k: v[first:stop][order] for k, v in sites.items()},
+        sequence=row,
+        position=row % 7,
+        token_id=np.zeros(n, np.int32),
+    )
+
+
 def write_known(url: str | Path, spec: StoreSpec = SPEC, *, buckets: Any = None, finalise: bool = True) -> Known:
-    """Write random bits; `sequence` holds the row number, so that every delivered row can be checked."""
+    """Write random bits, see `fill`."""
     known = Known(str(url), spec, random_sites(spec))
     writer = create_store(url, spec, threads=2)
-    stored = known.stored
     for b in range(spec.buckets) if buckets is None else buckets:
-        first, stop = spec.bucket_range(b)
-        n = stop - first
-        place = spec.permutation(b)
-        row, zeros = np.empty(n, np.int32), np.zeros(n, np.int32)
-        row[place] = np.arange(first, stop)
-        made = writer.write_bucket(
-            b, {k: v[first:stop] for k, v in stored.items()}, sequence=row, position=row % 7, token_id=zeros
-        )
-        assert made is not None
+        assert fill(writer, b, known.sites) is not None
     if finalise:
         writer.finalise()
     return known
@@ -82,4 +90,15 @@ def known(tmp_path: Path) -> Known:
     return write_known(tmp_path / "store")
 
 
-__all__ = ["SPEC", "Known", "clear_memory", "random_sites", "replace", "write_known"]
+__all__ = [
+    "SPEC",
+    "Known",
+    "backend_url",
+    "clear_memory",
+    "fill",
+    "gcs_server",
+    "random_sites",
+    "replace",
+    "s3_server",
+    "write_known",
+]

@@ -24,8 +24,10 @@ class CaptureConfig:
     """Sequences per forward pass."""
     dtype: DType = "auto"
     """Precision of the forward pass; auto: as the model was saved."""
-    encoding: Literal["bf16", "f32"] = "bf16"
-    """How activations are stored; bf16 is lossless for a bfloat16 model, else rounded to nearest even."""
+    encoding: str = "bf16"
+    """bf16, exact for a bfloat16 model, else rounded to nearest even; f32; or fixed:EPS, which adds an FVU of EPS."""
+    codec: Literal["planes", "blosc", "none"] = "planes"
+    """How chunks are compressed: planes, blosc for readers such as TensorStore, none for fast local disks."""
     bucket_rows: int = 1 << 20
     """Rows of a bucket: shuffle scope and unit of commit. Gemma Scope used about 10^6."""
     shard_rows: int = 1 << 14

@@ -16,9 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actstore.capture.sites import Hook, Site, hooks_of
+from actstore.store.spec import parse_encoding
 from actstore.tokens.rows import Rows, Span, rows_in
 
-STORED = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+def raw_dtype(encoding: str, model: torch.dtype) -> torch.dtype:
+    """What a bucket holds until it is encoded: float32, unless bfloat16 is stored or is what the model computes."""
+    kind, _ = parse_encoding(encoding)
+    return torch.bfloat16 if kind == "bf16" or (kind == "fixed" and model == torch.bfloat16) else torch.float32
 
 
 class _CompleteError(Exception):
@@ -106,7 +111,7 @@ def bucket_rows(
         chosen = torch.from_numpy((rows.sequence[i:j].astype(np.int64) - first) * ids.shape[1] + rows.position[i:j])
         for name, values in activations(model, torch.from_numpy(batch), sites).items():
             picked = values.flatten(0, 1)[chosen.to(values.device)]
-            bits = _raw(picked.to(STORED[encoding]).cpu())
+            bits = _raw(picked.to(raw_dtype(encoding, values.dtype)).cpu())
             if name not in arrays:
                 arrays[name] = np.empty((span.rows, bits.shape[1]), bits.dtype)
             arrays[name][place[i:j]] = bits  # numpy moves whole rows, twice as fast as index_copy_

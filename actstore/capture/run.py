@@ -22,7 +22,7 @@ from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.store.storage import LocalStorage, open_storage
 from actstore.tokens import TokenTable, copy_tokens, open_tokens, row_starts, span_of
 
-LEAST_BYTES_PER_VALUE = 4 / 3
+LEAST_BYTES_PER_VALUE = {"bf16": 4 / 3, "f32": 4 / 3, "fixed": 1 / 4}
 """No lossless encoding of bfloat16 activations is smaller: their entropy is about 10.7 bits."""
 
 
@@ -143,6 +143,7 @@ def _store_spec(
         shard_rows=config.shard_rows,
         chunk_rows=config.chunk_rows,
         seed=config.seed,
+        codec=config.codec,
         provenance={
             "model": model_identity(config.model, model_config, config.dtype),
             "tokens": {
@@ -163,7 +164,7 @@ def _check_disk(out: str, spec: StoreSpec) -> None:
         return
     there = next(p for p in (storage.root, *storage.root.parents) if p.exists())
     free = shutil.disk_usage(there).free
-    needed = spec.rows * (sum(s.d for s in spec.sites.values()) * LEAST_BYTES_PER_VALUE)
+    needed = spec.rows * sum(s.d * LEAST_BYTES_PER_VALUE[s.kind] for s in spec.sites.values())
     if needed > free:
         raise CaptureError(
             f"{out}: {free / 1e9:.3g} GB are free, but {spec.rows:,} rows of {len(spec.sites)} sites need at least "

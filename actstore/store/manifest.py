@@ -1,17 +1,18 @@
-"""The manifest: all commit records in one parquet file, so that opening a store is one read and no listing.
+"""The manifest: all commit records in one parquet file, so that opening a finished store is one GET and no listing.
 
-`manifest/<n>-<crc32c>.parquet` has one row a bucket: `bucket`, `attempt`, and per array `<array>/crc32c` and
-`<array>/chunks` (stored bytes of every chunk of the bucket, in order). The file's schema metadata holds the merged
-statistics. Its name holds its crc32c, which readers check. A new manifest gets the next number; readers take the
-greatest. Buckets committed after it are read from their own records.
+`manifest.parquet` has one row a bucket: `bucket`, `attempt`, and per array `<array>/crc32c` and `<array>/chunks`
+(stored bytes of every chunk of the bucket, in order). Its metadata holds the store's spec, the crc32c of calibrations,
+the merged statistics, and the seal of the whole file. It is replaced by compare-and-swap. A store that it does not
+cover is completed from the commit records of the other buckets; without it the records say the same.
 """
 
 import io
 import json
-import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from actstore.errors import IntegrityError, StoreError
-from actstore.store import codec, record, stats
+from actstore.errors import IntegrityError, MissingError, StoreError
+from actstore.store import record, stats
+from actstore.store.codec import max_stored
 from actstore.store.shard import index_bytes
-from actstore.store.spec import ArraySpec, StoreSpec, arrays
+from actstore.store.spec import (
+    ATTRIBUTE,
+    GROUP_KEY,
+    METADATA_LIMIT,
+    SEAL,
+    ArraySpec,
+    StoreSpec,
+    arrays,
+    check_seal,
+    load_sealed,
+    seal,
+    spec_from_json,
+)
 from actstore.store.storage import Storage
 
-STATS_KEY = b"actstore.stats"
+MANIFEST_KEY = "manifest.parquet"
+MANIFEST_LIMIT = 1 << 30
 _READERS = 16
+_SWAPS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """One stored chunk."""
+
+    key: str
+    offset: int
+    length: int
+    crc32c: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,184 +63,312 @@ class ArrayIndex:
     chunks: NDArray[np.uint32]
     """Stored bytes [committed buckets, chunks per bucket]; 0 where a short bucket has none."""
     crc32c: NDArray[np.uint32]
-    """Of every object [committed buckets, shards per bucket]."""
+    """Of every chunk [committed buckets, chunks per bucket]."""
 
-    def locate(self, place: int, bucket: int, chunk: int) -> tuple[str, int, int]:
-        """Object, offset and length of chunk `chunk` of the bucket at row `place` of the index."""
+    def locate(self, place: int, bucket: int, chunk: int) -> Location:
+        """Where chunk `chunk` of the bucket at row `place` of the index lies."""
         per_shard = self.array.chunks_per_shard
         within, slot = divmod(chunk, per_shard)
         lengths = self.chunks[place, within * per_shard : within * per_shard + slot + 1]
         shards_per_bucket = self.chunks.shape[1] // per_shard
         key = self.array.shard_key(bucket * shards_per_bucket + within)
-        return key, int(lengths[:-1].sum(dtype=np.int64)), int(lengths[-1])
+        return Location(
+            key=key,
+            offset=int(lengths[:-1].sum(dtype=np.int64)),
+            length=int(lengths[-1]),
+            crc32c=int(self.crc32c[place, chunk]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
     """All committed buckets of a store."""
 
+    spec: StoreSpec
     buckets: NDArray[np.int64]
     """Committed bucket numbers, ascending."""
     attempts: tuple[str, ...]
-    arrays: dict[str, ArrayIndex]
-    stats: dict[str, stats.Sums]
-    """Per site, over all committed buckets; empty when nothing is committed."""
+    arrays: Mapping[str, ArrayIndex]
+    calibration: dict[str, int]
+    """Per `fixed` site, crc32c of its calibration; empty when nothing is committed."""
+    stats: dict[str, stats.Sums] | None
+    """Per site, over all committed buckets; None where that takes reading the records (`merged_stats`)."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every bucket is committed."""
+        return len(self.buckets) == self.spec.buckets
+
+    def place(self, bucket: int) -> int | None:
+        """Row of a bucket in the index; None if it is not committed."""
+        i = int(np.searchsorted(self.buckets, bucket))
+        return i if i < len(self.buckets) and self.buckets[i] == bucket else None
 
     def stored_bytes(self) -> int:
         """Bytes of all committed objects, shard indexes included."""
         return sum(
-            int(a.chunks.sum(dtype=np.int64)) + int(_present(a).sum()) * index_bytes(a.array.chunks_per_shard)
+            int(a.chunks.sum(dtype=np.int64))
+            + int((a.chunks[:, :: a.array.chunks_per_shard] > 0).sum()) * index_bytes(a.array.chunks_per_shard)
             for a in self.arrays.values()
         )
 
 
-def _present(index: ArrayIndex) -> NDArray[np.bool_]:
-    """Which shards exist [committed buckets, shards per bucket]."""
-    return index.chunks[:, :: index.array.chunks_per_shard] > 0
+def read_spec(storage: Storage) -> StoreSpec:
+    """The spec of the store in `storage`, from its group; `StoreError` if there is none."""
+    where = f"{storage.url}/{GROUP_KEY}"
+    try:
+        parsed = load_sealed(storage.get(GROUP_KEY, METADATA_LIMIT), where)
+    except MissingError as e:
+        raise StoreError(
+            f"no activation store at {storage.url}: it has no {GROUP_KEY}. Make one with: actstore capture"
+        ) from e
+    attributes = parsed.get("attributes") if isinstance(parsed, dict) else None
+    return spec_from_json(attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None, where)
 
 
-def manifest_keys(storage: Storage) -> list[str]:
-    """Manifests, oldest first."""
-    return [k for k in storage.list("manifest") if k.endswith(".parquet")]
+def load(storage: Storage) -> Index:
+    """The index: from the manifest if it covers the store, with the records of other buckets if not."""
+    known = read_manifest(storage)
+    if known is not None and known.complete:
+        return known
+    spec = read_spec(storage)
+    if known is None:
+        return load_records(storage, spec)
+    if replace(known.spec, rows=spec.rows) != spec:
+        raise StoreError(
+            f"{storage.url}: {MANIFEST_KEY} and {GROUP_KEY} describe different stores; see: actstore verify"
+        )
+    have = set(known.buckets.tolist())
+    return _together(spec, known, _index(spec, read_records(storage, spec, listed_buckets(storage, spec) - have)))
 
 
-def _bucket_of(key: str) -> int:
-    stem = key.removeprefix("commits/").removesuffix(".json")
-    if not stem.isdigit():
-        raise StoreError(f"{key}: not the name of a commit record")
-    return int(stem)
+def load_records(storage: Storage, spec: StoreSpec) -> Index:
+    """The index from the commit records alone."""
+    return index_of(spec, read_records(storage, spec, listed_buckets(storage, spec)))
 
 
-def committed_buckets(storage: Storage, spec: StoreSpec) -> set[int]:
-    """Numbers of the committed buckets, by listing."""
-    found = {_bucket_of(k) for k in storage.list("commits")}
-    if found and max(found) >= spec.buckets:
-        raise StoreError(f"{record.commit_key(max(found))}: the store has {spec.buckets} buckets")
-    return found
+def index_of(spec: StoreSpec, records: list[record.CommitRecord]) -> Index:
+    """The index of these records, statistics included."""
+    return replace(_index(spec, records), stats=_merged(spec, records))
 
 
-def _read_records(storage: Storage, spec: StoreSpec, buckets: Iterable[int]) -> list[record.CommitRecord]:
-    def read(bucket: int) -> record.CommitRecord:
-        return record.from_bytes(storage.get(record.commit_key(bucket)), spec, bucket)
+def listed_buckets(storage: Storage, spec: StoreSpec) -> set[int]:
+    """Buckets that have a commit object, committed or intent."""
+    return {record.bucket_of(k, spec) for k in storage.list(record.COMMITS)}
+
+
+def read_records(storage: Storage, spec: StoreSpec, buckets: Iterable[int]) -> list[record.CommitRecord]:
+    """Records of those of the buckets that are committed, ascending."""
+
+    def read(bucket: int) -> record.CommitRecord | record.Intent:
+        return record.from_bytes(storage.get(record.commit_key(bucket), METADATA_LIMIT), spec, bucket)
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="actstore-records") as pool:
-        return list(pool.map(read, buckets))
+        return [r for r in pool.map(read, sorted(buckets)) if isinstance(r, record.CommitRecord)]
 
 
-def _index(spec: StoreSpec, records: list[record.CommitRecord], merged: dict[str, stats.Sums]) -> Index:
+def merged_stats(storage: Storage, index: Index) -> dict[str, stats.Sums]:
+    """Statistics over all committed buckets; one GET a bucket unless the index has them."""
+    if index.stats is not None:
+        return index.stats
+    return _merged(index.spec, read_records(storage, index.spec, index.buckets.tolist()))
+
+
+def _merged(spec: StoreSpec, records: list[record.CommitRecord]) -> dict[str, stats.Sums]:
+    return {s: stats.merge([r.stats[s] for r in records]) for s in spec.sites} if records else {}
+
+
+def _index(spec: StoreSpec, records: list[record.CommitRecord]) -> Index:
     found: dict[str, ArrayIndex] = {}
     for name, array in arrays(spec).items():
-        shards = spec.bucket_rows // array.shard_rows
         chunks = np.zeros((len(records), spec.bucket_rows // spec.chunk_rows), np.uint32)
-        crcs = np.zeros((len(records), shards), np.uint32)
+        crcs = np.zeros_like(chunks)
         for i, r in enumerate(records):
             flat = [c for s in r.shards[name] for c in s.chunks]
             chunks[i, : len(flat)] = flat
-            crcs[i, : len(r.shards[name])] = [s.crc32c for s in r.shards[name]]
+            crcs[i, : len(flat)] = [c for s in r.shards[name] for c in s.crc32c]
         found[name] = ArrayIndex(array=array, chunks=chunks, crc32c=crcs)
+    calibration = records[0].calibration if records else {}
+    for r in records:
+        if r.calibration != calibration:
+            raise IntegrityError(
+                f"{record.commit_key(r.bucket)}: its calibration is not that of {record.commit_key(records[0].bucket)}"
+            )
     return Index(
+        spec=spec,
         buckets=np.array([r.bucket for r in records], np.int64),
         attempts=tuple(r.attempt for r in records),
         arrays=found,
-        stats=merged,
+        calibration=calibration,
+        stats=None if records else {},
     )
 
 
-def _index_of_records(spec: StoreSpec, records: list[record.CommitRecord]) -> Index:
-    merged = {s: stats.merge([r.stats[s] for r in records]) for s in spec.sites} if records else {}
-    return _index(spec, records, merged)
-
-
-def load(storage: Storage, spec: StoreSpec) -> Index:
-    """The committed buckets: from the newest manifest if it covers the whole store, else from the records."""
-    keys = manifest_keys(storage)
-    if keys:
-        index = _read(storage, spec, keys[-1])
-        if len(index.buckets) == spec.buckets:
-            return index
-    return _index_of_records(spec, _read_records(storage, spec, sorted(committed_buckets(storage, spec))))
+def _together(spec: StoreSpec, a: Index, b: Index) -> Index:
+    if not len(b.buckets):
+        return replace(a, spec=spec, arrays={n: replace(x, array=b.arrays[n].array) for n, x in a.arrays.items()})
+    if len(a.buckets) and a.calibration != b.calibration:
+        raise IntegrityError(f"{MANIFEST_KEY}: its calibration is not that of the commit records")
+    order = np.argsort(np.concatenate([a.buckets, b.buckets]))
+    attempts = (*a.attempts, *b.attempts)
+    return replace(
+        b,
+        buckets=np.concatenate([a.buckets, b.buckets])[order],
+        attempts=tuple(attempts[i] for i in order),
+        arrays={
+            n: ArrayIndex(
+                array=y.array,
+                chunks=np.concatenate([a.arrays[n].chunks, y.chunks])[order],
+                crc32c=np.concatenate([a.arrays[n].crc32c, y.crc32c])[order],
+            )
+            for n, y in b.arrays.items()
+        },
+        stats=None,
+    )
 
 
 def consolidate(storage: Storage, spec: StoreSpec) -> None:
-    """Write a manifest of all commit records, unless the newest one covers them."""
-    records = _read_records(storage, spec, sorted(committed_buckets(storage, spec)))
-    if not records:
-        return
-    data = _to_parquet(spec, _index_of_records(spec, records))
-    keys = manifest_keys(storage)
-    if keys and storage.get(keys[-1]) == data:
-        return
-    number = _number_and_crc(keys[-1])[0] + 1 if keys else 0
-    storage.create(f"manifest/{number:08d}-{codec.crc32c(data):08x}.parquet", data)
+    """Write a manifest of all commit records, unless the present one says the same."""
+    for _ in range(_SWAPS):
+        seen = storage.stat(MANIFEST_KEY)
+        index = load_records(storage, spec)
+        if not len(index.buckets):
+            return
+        data = to_parquet(index)
+        if seen and seen.size == len(data) and storage.get(MANIFEST_KEY, len(data)) == data:
+            return
+        if storage.replace(MANIFEST_KEY, data, seen.version) if seen else storage.create(MANIFEST_KEY, data):
+            return
+    raise StoreError(f"{storage.url}: {MANIFEST_KEY} changed {_SWAPS} times while it was being written; try again")
 
 
-def _number_and_crc(key: str) -> tuple[int, int]:
-    found = re.fullmatch(r"manifest/(\d{8})-([0-9a-f]{8})\.parquet", key)
-    if not found:
-        raise StoreError(f"{key}: not the name of a manifest")
-    return int(found[1]), int(found[2], 16)
+def read_manifest(storage: Storage) -> Index | None:
+    """The index that the manifest holds; None if there is no manifest."""
+    try:
+        data = storage.get(MANIFEST_KEY, MANIFEST_LIMIT)
+    except MissingError:
+        return None
+    return from_parquet(data, f"{storage.url}/{MANIFEST_KEY}")
 
 
-def _read(storage: Storage, spec: StoreSpec, key: str) -> Index:
-    data = storage.get(key)
-    if codec.crc32c(data) != _number_and_crc(key)[1]:
-        raise IntegrityError(f"{key}: is not what its name's crc32c says; delete it, the commit records hold the same")
-    return _from_parquet(data, spec, key)
+def _ragged(table: NDArray[np.uint32], there: NDArray[np.bool_]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(table[there]))
 
 
-def agrees(storage: Storage, spec: StoreSpec, key: str) -> bool:
-    """Whether a manifest says what the commit records of its buckets say."""
-    index = _read(storage, spec, key)
-    again = _index_of_records(spec, _read_records(storage, spec, index.buckets.tolist()))
-    return _to_parquet(spec, index) == _to_parquet(spec, again)
-
-
-def _to_parquet(spec: StoreSpec, index: Index) -> bytes:
+def to_parquet(index: Index) -> bytes:
+    """The manifest's content."""
     columns: dict[str, Any] = {"bucket": pa.array(index.buckets), "attempt": pa.array(index.attempts)}
     for name, a in index.arrays.items():
-        columns[f"{name}/crc32c"] = pa.array(
-            [row[there] for row, there in zip(a.crc32c, _present(a), strict=True)], pa.list_(pa.uint32())
-        )
-        columns[f"{name}/chunks"] = pa.array([row[row > 0] for row in a.chunks], pa.list_(pa.uint32()))
-    merged = json.dumps({s: stats.to_json(index.stats[s]) for s in spec.sites}, sort_keys=True)
-    table = pa.table(columns).replace_schema_metadata({STATS_KEY: merged.encode()})
-    out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd")
-    return out.getvalue()
+        columns[f"{name}/crc32c"] = _ragged(a.crc32c, a.chunks > 0)
+        columns[f"{name}/chunks"] = _ragged(a.chunks, a.chunks > 0)
+    assert index.stats is not None
+    about = {
+        **index.spec.to_json(),
+        "calibration": {site: f"{crc:08x}" for site, crc in index.calibration.items()},
+        "stats": {site: stats.to_json(s) for site, s in index.stats.items()},
+    }
+    table, out = pa.table(columns), io.BytesIO()
+    # checksums do not repeat, so dictionaries only cost; one row group, so that readers get arrays in one piece
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "store_schema": False}
+    with pq.ParquetWriter(out, table.schema, **options) as writer:
+        writer.write_table(table, row_group_size=max(1, table.num_rows))
+        writer.add_key_value_metadata({ATTRIBUTE: json.dumps(about, sort_keys=True, allow_nan=False)})
+    return seal(out.getvalue())
 
 
-def _from_parquet(data: bytes, spec: StoreSpec, where: str) -> Index:
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        merged = json.loads((table.schema.metadata or {})[STATS_KEY])
-        buckets = table["bucket"].to_numpy().astype(np.int64)
-        attempts = tuple(str(a) for a in table["attempt"].to_pylist())
+def from_parquet(data: bytes, where: str) -> Index:
+    """Parse and check a manifest; `IntegrityError` if a byte changed, `StoreError` if it lies."""
+    if not check_seal(data, where):
+        raise IntegrityError(f"{where}: has no {SEAL}. Delete it and finalise again; the commit records hold the same")
+    with _parsing(where):
+        file = pq.ParquetFile(pa.BufferReader(data))
+        about = json.loads((file.metadata.metadata or {})[ATTRIBUTE.encode()])
+        calibration, sums = about.pop("calibration"), about.pop("stats")
+        spec = spec_from_json(about, where)
+        _check_sizes(file.metadata, spec, len(data))
+        head = file.read(columns=["bucket", "attempt"])
+        buckets = head["bucket"].to_numpy().astype(np.int64)
         if not (np.diff(buckets) > 0).all() or not ((buckets >= 0) & (buckets < spec.buckets)).all():
             raise ValueError("bucket numbers are out of order or out of range")
-        found = {
-            name: _array_index(table, array, buckets, spec, spec.bucket_rows // array.shard_rows)
-            for name, array in arrays(spec).items()
-        }
-        sums = {s: stats.from_json(merged[s], site.d, f"{where} {s}") for s, site in spec.sites.items()}
-    except (KeyError, ValueError, TypeError, pa.ArrowException) as e:
+        return Index(
+            spec=spec,
+            buckets=buckets,
+            attempts=tuple(str(a) for a in head["attempt"].to_pylist()),
+            arrays=_Columns(file, spec, buckets, where),
+            calibration={
+                s: record.parse_crcs(calibration[s], 1, where)[0]
+                for s, site in sorted(spec.sites.items())
+                if site.kind == "fixed"
+            },
+            stats={s: stats.from_json(sums[s], site.d, f"{where} {s}") for s, site in spec.sites.items()},
+        )
+
+
+@contextmanager
+def _parsing(where: str) -> Generator[None]:
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, RecursionError, pa.ArrowException) as e:
         raise StoreError(f"{where}: not a manifest of this store ({e})") from e
-    return Index(buckets=buckets, attempts=attempts, arrays=found, stats=sums)
 
 
-def _array_index(
-    table: pa.Table, array: ArraySpec, buckets: NDArray[np.int64], spec: StoreSpec, shards: int
-) -> ArrayIndex:
-    rows = np.minimum(spec.bucket_rows, spec.rows - buckets * spec.bucket_rows)
+class _Columns(Mapping[str, ArrayIndex]):
+    """The arrays of a manifest, each unpacked and checked when it is first asked for: most readers want one of many."""
 
-    def padded(column: str, counts: NDArray[np.int64], width: int) -> NDArray[np.uint32]:
-        lists = table[column].combine_chunks()
+    def __init__(self, file: pq.ParquetFile, spec: StoreSpec, buckets: NDArray[np.int64], where: str) -> None:
+        self._file, self._specs, self._where = file, arrays(spec), where
+        self._rows = np.minimum(spec.bucket_rows, spec.rows - buckets * spec.bucket_rows)
+        self._width = spec.bucket_rows // spec.chunk_rows
+        self._unpacked: dict[str, ArrayIndex] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> ArrayIndex:
+        with self._lock:
+            if name not in self._unpacked:
+                array = self._specs[name]
+                with _parsing(self._where):
+                    self._unpacked[name] = self._unpack(array)
+            return self._unpacked[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def _unpack(self, array: ArraySpec) -> ArrayIndex:
+        counts = -(-self._rows // array.chunk_rows)
+        chunks = self._table(f"{array.name}/chunks", counts)
+        if ((chunks > 0).sum(axis=1) != counts).any() or (chunks > max_stored(array.chunk_bytes)).any():
+            raise ValueError(f"column {array.name}/chunks has impossible lengths")
+        return ArrayIndex(array=array, chunks=chunks, crc32c=self._table(f"{array.name}/crc32c", counts))
+
+    def _table(self, column: str, counts: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """A column of lists as a table; short buckets end in zeros."""
+        lists = self._file.read(columns=[f"{column}.list.element"])[column].combine_chunks()
+        if lists.type != pa.list_(pa.uint32()) or lists.null_count:
+            raise ValueError(f"column {column} is {lists.type}, expected lists of uint32")
         found = np.diff(lists.offsets.to_numpy())
-        if (found != counts).any():
+        if len(found) != len(counts) or (found != counts).any():
             raise ValueError(f"column {column} has {found.tolist()[:5]} entries, expected {counts.tolist()[:5]}")
-        out = np.zeros((len(counts), width), np.uint32)
-        out[np.arange(width)[None, :] < counts[:, None]] = lists.flatten().to_numpy()
+        flat = lists.flatten().to_numpy(zero_copy_only=True)
+        if (counts == self._width).all():
+            return flat.reshape(-1, self._width)
+        out = np.zeros((len(counts), self._width), np.uint32)
+        out[np.arange(self._width)[None, :] < counts[:, None]] = flat
         return out
 
-    chunks = padded(f"{array.name}/chunks", -(-rows // spec.chunk_rows), spec.bucket_rows // spec.chunk_rows)
-    crcs = padded(f"{array.name}/crc32c", -(-rows // array.shard_rows), shards)
-    return ArrayIndex(array=array, chunks=chunks, crc32c=crcs)
+
+def _check_sizes(claimed: Any, spec: StoreSpec, size: int) -> None:
+    """Refuse to unpack what could not have been so small: half of the numbers are checksums, which do not compress."""
+    rows = claimed.num_rows
+    wide = 2 * (spec.bucket_rows // spec.chunk_rows) * len(arrays(spec))
+    if rows > spec.buckets or 4 * rows * wide > (1 << 27) + 16 * size:
+        raise ValueError(f"{rows} rows of {wide} numbers in {size} bytes")
+    most = {"bucket": rows, "attempt": rows}
+    for group in range(claimed.num_row_groups):
+        for i in range(claimed.num_columns):
+            column = claimed.row_group(group).column(i)
+            if column.num_values > most.get(column.path_in_schema, rows * wide):
+                raise ValueError(f"column {column.path_in_schema} has {column.num_values} values")

@@ -21,29 +21,16 @@ def index_bytes(chunks: int) -> int:
     return 16 * chunks + CRC_BYTES
 
 
-def build(chunks: Sequence[bytes], capacity: int) -> bytes:
-    """The shard of the given encoded chunks; places from `len(chunks)` up to `capacity` stay absent."""
+def footer(lengths: Sequence[int], capacity: int) -> bytes:
+    """The index of a shard of chunks of these stored lengths; places up to `capacity` stay absent."""
     index = np.full((capacity, 2), ABSENT, "<u8")
-    offset = 0
-    for i, chunk in enumerate(chunks):
-        index[i] = offset, len(chunk)
-        offset += len(chunk)
+    index[: len(lengths), 1] = lengths
+    index[: len(lengths), 0] = np.cumsum([0, *lengths])[:-1]
     table = index.tobytes()
-    return b"".join([*chunks, table, crc32c(table).to_bytes(CRC_BYTES, "little")])
+    return table + crc32c(table).to_bytes(CRC_BYTES, "little")
 
 
-def chunk_lengths(data: bytes, capacity: int, what: str) -> list[int]:
-    """Lengths of the chunks of a whole shard, 0 where absent; `IntegrityError` unless contiguous and intact."""
-    size = index_bytes(capacity)
-    if len(data) < size:
-        raise IntegrityError(f"{what}: has {len(data)} bytes, its index alone needs {size}")
-    table, stored = data[-size:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:], "little")
-    if crc32c(table) != stored:
-        raise IntegrityError(f"{what}: the shard index fails its crc32c")
-    index = np.frombuffer(table, "<u8").reshape(capacity, 2)
-    present = index[:, 0] != ABSENT
-    lengths = np.where(present, index[:, 1], 0).astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    if (index[present, 0] != offsets[:-1][present]).any() or offsets[-1] != len(data) - size:
-        raise IntegrityError(f"{what}: the shard index does not describe contiguous chunks")
-    return lengths.tolist()
+def check_footer(data: bytes, lengths: Sequence[int], capacity: int, what: str) -> None:
+    """`IntegrityError` unless `data` is the index of a shard of chunks of these lengths."""
+    if data != footer(lengths, capacity):
+        raise IntegrityError(f"{what}: the shard index and the commit record differ")

@@ -35,15 +35,40 @@ def _seal(value: str) -> bytes:
 
 _SEALED = re.compile(rb'"object_crc32c": "([0-9a-f]{8})"')
 
-EncodingName = Literal["bf16", "f32"]
-DTYPES: dict[str, np.dtype[Any]] = {"bf16": BFLOAT16, "f32": np.dtype("<f4")}
-RAW_DTYPES: dict[str, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "f32": np.dtype("<f4")}
-"""What `stream/` and the writer move: bf16 travels as its bits."""
+Kind = Literal["bf16", "f32", "fixed"]
+DTYPES: dict[Kind, np.dtype[Any]] = {"bf16": BFLOAT16, "f32": np.dtype("<f4"), "fixed": np.dtype("<i2")}
+"""How each encoding is stored."""
+BITS, FLOATS = np.dtype("<u2"), np.dtype("<f4")
+RAW_DTYPES: dict[Kind, tuple[np.dtype[Any], ...]] = {"bf16": (BITS,), "f32": (FLOATS,), "fixed": (BITS, FLOATS)}
+"""What the writer takes for each encoding: bf16 travels as its bits, `fixed` is made from either."""
 
 _SITE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[0-9]+)?")
+_RESERVED = (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest", "calibration", "zarr")
 MAX_D = 1 << 20
 MAX_BUCKET_ROWS = 1 << 31
 MAX_ROWS = 1 << 56
+OPEN_ENDED = 1 << 40
+"""Planned rows of a store whose number of rows is not known yet (`StoreWriter.fix_rows` sets it)."""
+MAX_CHUNK_BYTES = 1 << 28
+"""Of a decoded chunk: what a reader may have to allocate for one."""
+MAX_CHUNKS = 1 << 16
+"""Of a bucket, hence of a shard: what bounds every index."""
+METADATA_LIMIT = 1 << 28
+"""Bytes of a metadata object that a reader will read."""
+
+
+def parse_encoding(text: object) -> tuple[Kind, float]:
+    """Kind and eps (0 for lossless kinds) of `bf16`, `f32` or `fixed:<eps>`; `ValueError` for anything else."""
+    if text in ("bf16", "f32"):
+        return ("bf16" if text == "bf16" else "f32"), 0.0
+    if isinstance(text, str) and text.startswith("fixed:"):
+        try:
+            eps = float(text.removeprefix("fixed:"))
+        except ValueError:
+            eps = 0.0
+        if 1e-8 <= eps <= 0.5:
+            return "fixed", eps
+    raise ValueError(f"encoding is {text!r}, expected bf16, f32 or fixed:EPS with EPS from 1e-8 to 0.5 (fixed:1e-3)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +77,23 @@ class SiteSpec:
 
     d: int
     """Width of the activation vectors."""
-    encoding: EncodingName = "bf16"
-    """How values are stored; see `docs/format.md`."""
+    encoding: str = "bf16"
+    """`bf16`, `f32` or `fixed:<eps>`: how values are stored; see `docs/format.md`."""
+
+    def __post_init__(self) -> None:
+        """Spell eps in one way, so that equal settings are equal text."""
+        kind, eps = parse_encoding(self.encoding)
+        object.__setattr__(self, "encoding", f"fixed:{eps!r}" if kind == "fixed" else kind)
+
+    @property
+    def kind(self) -> Kind:
+        """The encoding without its parameter."""
+        return parse_encoding(self.encoding)[0]
+
+    @property
+    def eps(self) -> float:
+        """Added FVU of `fixed`; 0 for lossless encodings."""
+        return parse_encoding(self.encoding)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +118,9 @@ class StoreSpec:
     """Where the rows come from: model, tokens, versions; JSON values only."""
 
     def __post_init__(self) -> None:
-        """Check every number; `ValueError` names the field."""
+        """Check every number (`ValueError` names the field) and sort the sites, whose order says nothing."""
         _check_fields(self)
+        object.__setattr__(self, "sites", dict(sorted(self.sites.items())))
 
     @property
     def buckets(self) -> int:
@@ -108,6 +149,8 @@ def _check_fields(spec: StoreSpec) -> None:
         value: object = getattr(spec, name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, expected a whole number")
+    if not -(1 << 63) <= spec.seed < 1 << 63:
+        raise ValueError(f"seed is {spec.seed}, expected a 64-bit number")
     if not 0 < spec.rows <= MAX_ROWS:
         raise ValueError(f"rows is {spec.rows}, expected 1 to {MAX_ROWS}")
     if not 0 < spec.bucket_rows <= MAX_BUCKET_ROWS:
@@ -116,17 +159,20 @@ def _check_fields(spec: StoreSpec) -> None:
         raise ValueError(f"shard_rows ({spec.shard_rows}) must be a multiple of chunk_rows ({spec.chunk_rows})")
     if spec.bucket_rows % spec.shard_rows:
         raise ValueError(f"bucket_rows ({spec.bucket_rows}) must be a multiple of shard_rows ({spec.shard_rows})")
+    if spec.bucket_rows // spec.chunk_rows > MAX_CHUNKS:
+        raise ValueError(f"a bucket has {spec.bucket_rows // spec.chunk_rows} chunks, at most {MAX_CHUNKS} are allowed")
     if spec.codec not in codecs.CODECS:
         raise ValueError(f"codec is {spec.codec!r}, expected one of {', '.join(codecs.CODECS)}")
     if not spec.sites:
         raise ValueError("a store needs at least one site")
     for name, site in spec.sites.items():
-        if not _SITE_NAME.fullmatch(name) or name in (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest"):
+        if not _SITE_NAME.fullmatch(name) or name in _RESERVED:
             raise ValueError(f"site name {name!r} can't be used: expected a name such as resid_post.12")
         if type(site.d) is not int or not 0 < site.d <= MAX_D:
             raise ValueError(f"site {name}: d is {site.d!r}, expected 1 to {MAX_D}")
-        if site.encoding not in DTYPES:
-            raise ValueError(f"site {name}: encoding is {site.encoding!r}, expected one of {', '.join(DTYPES)}")
+        raw = spec.chunk_rows * site.d * DTYPES[site.kind].itemsize
+        if raw > MAX_CHUNK_BYTES:
+            raise ValueError(f"site {name}: a chunk has {raw} bytes, at most {MAX_CHUNK_BYTES}; lower chunk_rows")
 
 
 def spec_from_json(data: Any, where: str) -> StoreSpec:
@@ -199,7 +245,7 @@ class ArraySpec:
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": 0 if self.dtype.kind == "i" else 0.0,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "attributes": {},
+            "attributes": {"calibration": f"calibration/{self.name}"} if self.dtype == DTYPES["fixed"] else {},
             "dimension_names": ["row", "feature"][: len(self.shape)],
         }
 
@@ -208,15 +254,43 @@ def arrays(spec: StoreSpec) -> dict[str, ArraySpec]:
     """All arrays of a store by name: the sites, then provenance (one shard a bucket, for few small objects)."""
     common: dict[str, Any] = {"chunk_rows": spec.chunk_rows, "codec": spec.codec}
     found = {
-        name: ArraySpec(
-            name=name, shape=(spec.rows, s.d), dtype=DTYPES[s.encoding], shard_rows=spec.shard_rows, **common
-        )
+        name: ArraySpec(name=name, shape=(spec.rows, s.d), dtype=DTYPES[s.kind], shard_rows=spec.shard_rows, **common)
         for name, s in spec.sites.items()
     }
     for name in PROVENANCE_ARRAYS:
         found[name] = ArraySpec(
             name=name, shape=(spec.rows,), dtype=np.dtype("<i4"), shard_rows=spec.bucket_rows, **common
         )
+    return found
+
+
+def calibration_key(site: str) -> str:
+    """The one chunk of a `fixed` site's calibration."""
+    return f"calibration/{site}/c/0/0"
+
+
+def calibration_metadata(d: int) -> dict[str, Any]:
+    """`zarr.json` of the calibration array [2, d]: row 0 is `scale`, row 1 is `offset`."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [2, d],
+        "data_type": "float32",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2, d]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0.0,
+        "codecs": codecs.metadata("none", 4),
+        "attributes": {"formula": "value = scale * code + offset"},
+        "dimension_names": ["parameter", "feature"],
+    }
+
+
+def metadata_objects(spec: StoreSpec) -> dict[str, bytes]:
+    """All `zarr.json` below the group's own, by key."""
+    found = {f"{a.name}/{GROUP_KEY}": dump(a.metadata()) for a in arrays(spec).values()}
+    for name, site in spec.sites.items():
+        if site.kind == "fixed":
+            found[f"calibration/{name}/{GROUP_KEY}"] = dump(calibration_metadata(site.d))
     return found
 
 
@@ -227,21 +301,33 @@ def group_metadata(spec: StoreSpec) -> bytes:
 
 def dump(data: Any) -> bytes:
     """JSON as actstore writes it: sorted keys, so that equal content is equal bytes; sealed where it has the field."""
-    plain = json.dumps(data, indent=1, sort_keys=True, allow_nan=False).encode()
-    return plain.replace(_seal(UNSEALED), _seal(f"{codecs.crc32c(plain):08x}"), 1)
+    return seal(json.dumps(data, indent=1, sort_keys=True, allow_nan=False).encode())
+
+
+def seal(data: bytes) -> bytes:
+    """Put the crc32c of the object in the place of its first UNSEALED field, if it has one."""
+    return data.replace(_seal(UNSEALED), _seal(f"{codecs.crc32c(data):08x}"), 1)
+
+
+def check_seal(data: bytes, where: str) -> bool:
+    """Whether the object is sealed; `IntegrityError` if a byte of it changed since."""
+    found = _SEALED.search(data)
+    if not found:
+        return False
+    crc = codecs.crc32c(UNSEALED.encode(), codecs.crc32c(memoryview(data)[: found.start(1)]))
+    crc = codecs.crc32c(memoryview(data)[found.end(1) :], crc)
+    if f"{crc:08x}" != found[1].decode():
+        raise IntegrityError(f"{where}: does not match its own {SEAL}; the object is damaged")
+    return True
 
 
 def load_sealed(data: bytes, where: str) -> Any:
     """Parse sealed JSON; `IntegrityError` if a byte of it changed, `StoreError` if it was never sealed JSON."""
-    found = _SEALED.search(data)
-    if found:
-        plain = data.replace(found[0], _seal(UNSEALED), 1)
-        if f"{codecs.crc32c(plain):08x}" != found[1].decode():
-            raise IntegrityError(f"{where}: does not match its own {SEAL}; the object is damaged")
+    sealed = check_seal(data, where)
     try:
         parsed = json.loads(data)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise StoreError(f"{where}: not JSON ({e})") from e
-    if not found and isinstance(parsed, dict) and SEAL in str(parsed):
-        raise IntegrityError(f"{where}: its {SEAL} is unreadable; the object is damaged")
+    if not sealed:
+        raise IntegrityError(f"{where}: has no readable {SEAL}; it is damaged, or not actstore's")
     return parsed

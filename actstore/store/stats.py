@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.errors import StoreError
+from actstore.store.bits import wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,45 +48,67 @@ class SiteStats:
     saturated: int
 
 
-@numba.njit(nogil=True, cache=True)
-def _accumulate(rows: NDArray[np.float32], total: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
-    n, d = rows.shape
-    whole = n - n % 4
-    for i in range(0, whole, 4):
-        r0, r1, r2, r3 = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def _accumulate(bits: NDArray[Any], total: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
+    """Add rows given as bits; eight rows at a time, for few passes over the sums."""
+    n, d = bits.shape
+    whole = n - n % 8
+    for i in range(0, whole, 8):
+        r0, r1, r2, r3 = bits[i], bits[i + 1], bits[i + 2], bits[i + 3]
+        r4, r5, r6, r7 = bits[i + 4], bits[i + 5], bits[i + 6], bits[i + 7]
         for k in range(d):
-            a, b = np.float64(r0[k]), np.float64(r1[k])
-            c, e = np.float64(r2[k]), np.float64(r3[k])
-            total[k] += (a + b) + (c + e)
-            squares[k] += (a * a + b * b) + (c * c + e * e)
+            a, b = wide(r0[k]), wide(r1[k])
+            c, e = wide(r2[k]), wide(r3[k])
+            f, g = wide(r4[k]), wide(r5[k])
+            h, j = wide(r6[k]), wide(r7[k])
+            total[k] += ((a + b) + (c + e)) + ((f + g) + (h + j))
+            squares[k] += ((a * a + b * b) + (c * c + e * e)) + ((f * f + g * g) + (h * h + j * j))
     for i in range(whole, n):
         for k in range(d):
-            a = np.float64(rows[i, k])
+            a = wide(bits[i, k])
             total[k] += a
             squares[k] += a * a
+
+
+@numba.njit(nogil=True, cache=True)
+def top_magnitude(bits: NDArray[Any], magnitude: Any) -> Any:
+    """Greatest of the bits without the sign: their order is the order of magnitudes, NaN last."""
+    top = magnitude & ~magnitude
+    for i in range(bits.shape[0]):
+        top = max(top, bits[i] & magnitude)
+    return top
+
+
+def as_bits(rows: NDArray[Any]) -> NDArray[Any]:
+    """Rows of bf16 bits (uint16) or float32 as the unsigned integers that `wide` takes."""
+    return rows if rows.dtype == np.uint16 else rows.view(np.uint32)
 
 
 def sums(rows: NDArray[Any]) -> Sums:
     """Sums of rows [n, d], given as bfloat16 bits (uint16) or float32."""
     d = rows.shape[1]
     total, squares = np.zeros(d), np.zeros(d)
-    bits = rows if rows.dtype == np.uint16 else rows.view(np.uint32)
-    magnitude = bits.dtype.type(0x7FFF if bits.dtype == np.uint16 else 0x7FFFFFFF)
-    block = max(4, (1 << 16) // d // 4 * 4)
-    top = 0
-    for start in range(0, rows.shape[0], block):
-        part = bits[start : start + block]
-        # without the sign bit the order of bits is the order of magnitudes, NaN last
-        top = max(top, int((part & magnitude).max()))
-        values = part.astype(np.uint32) << np.uint32(16) if part.dtype == np.uint16 else part
-        _accumulate(values.view(np.float32), total, squares)
-    top_bits = top << 16 if bits.dtype == np.uint16 else top
-    max_abs = float(np.array([top_bits], np.uint32).view(np.float32)[0])
+    bits = as_bits(rows)
+    _accumulate(bits, total, squares)
+    shift = 32 - 8 * bits.dtype.itemsize
+    top = int(top_magnitude(bits.reshape(-1), bits.dtype.type(0x7FFFFFFF >> shift)))
+    max_abs = float(np.array([top << shift], np.uint32).view(np.float32)[0])
     return Sums(rows=rows.shape[0], total=total, squares=squares, max_abs=max_abs)
 
 
+def add(a: Sums, b: Sums) -> Sums:
+    """The sums of two runs of rows of one bucket; in float64, so the order of runs is the order of rows."""
+    return Sums(
+        rows=a.rows + b.rows,
+        total=a.total + b.total,
+        squares=a.squares + b.squares,
+        max_abs=float(np.maximum(a.max_abs, b.max_abs)),
+        saturated=a.saturated + b.saturated,
+    )
+
+
 def merge(parts: Sequence[Sums]) -> Sums:
-    """The sums of all parts together; independent of their order."""
+    """The sums of several buckets together; independent of their order."""
 
     def add(columns: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
         table = np.stack(list(columns), axis=1)
@@ -135,7 +158,7 @@ def from_json(data: Any, d: int, where: str) -> Sums:
         if set(data) != {"rows", "sum", "sum_sq", "max_abs", "saturated"}:
             raise ValueError(f"has fields {sorted(data)}")
         rows, saturated = data["rows"], data["saturated"]
-        if not isinstance(rows, int) or not isinstance(saturated, int) or rows < 0 or saturated < 0:
+        if type(rows) is not int or type(saturated) is not int or rows < 0 or saturated < 0:
             raise ValueError(f"rows is {rows!r}, saturated is {saturated!r}")
         total, squares = (np.frombuffer(base64.b64decode(data[k], validate=True), "<f8") for k in ("sum", "sum_sq"))
         if len(total) != d or len(squares) != d:
@@ -143,5 +166,5 @@ def from_json(data: Any, d: int, where: str) -> Sums:
         return Sums(
             rows=rows, total=total, squares=squares, max_abs=float.fromhex(data["max_abs"]), saturated=saturated
         )
-    except (TypeError, ValueError, KeyError, AttributeError) as e:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as e:
         raise StoreError(f"{where}: statistics are malformed ({e})") from e

@@ -1,35 +1,61 @@
 """Writing a store: create it, write buckets, finalise.
 
-Any number of writers may work on one store without talking to each other. A bucket becomes visible by the creation
-of its commit record and by nothing else; the creation succeeds once. What a dead attempt left behind is overwritten
-by the next one and never read before that.
+Any number of writers may work on one store without talking to each other. An attempt at a bucket begins by putting its
+intent at the bucket's commit key, writes the shards under their final names, and commits by replacing its intent with
+the record. Shards are put create-only, or over exactly the leftover that was there while the intent was still this
+attempt's. So an attempt that was overtaken can neither commit nor change a shard any more, whenever it wakes up
+(`docs/decisions/0005-commit.md` has the argument). Encoding and putting overlap in threads.
 """
 
 import os
-import secrets
+import queue
+import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property, reduce
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import StoreError, mismatch
-from actstore.store import codec, manifest, record, shard, stats
+from actstore import keyed
+from actstore.errors import EncodingError, StoreError, mismatch
+from actstore.store import encoder, fixed, manifest, record, stats
+from actstore.store.attempt import SWAPS, Attempt, OvertakenError
 from actstore.store.spec import (
-    ATTRIBUTE,
     GROUP_KEY,
     PROVENANCE_ARRAYS,
     RAW_DTYPES,
     ArraySpec,
     StoreSpec,
     arrays,
-    dump,
+    calibration_key,
     group_metadata,
-    load_sealed,
-    spec_from_json,
+    metadata_objects,
 )
-from actstore.store.storage import Storage, open_storage
+from actstore.store.storage import LocalStorage, Storage, check_conditional_writes, open_storage
+
+LOCAL_PUTS, REMOTE_PUTS = 2, 8
+"""Shards that are being put while others are encoded; each has a buffer of its own."""
+
+
+class Rows(Protocol):
+    """Rows of one array, in memory or elsewhere: what `write_bucket` needs of a numpy array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n, d] or [n]."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """See `write_bucket`."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        """A run of rows."""
+        ...
 
 
 class StoreWriter:
@@ -41,6 +67,8 @@ class StoreWriter:
         self.spec = spec
         self.threads = threads or os.cpu_count() or 1
         self._arrays = arrays(spec)
+        self._calibrations: dict[str, fixed.Calibration] = {}
+        self._puts = LOCAL_PUTS if isinstance(storage, LocalStorage) else REMOTE_PUTS
 
     @property
     def url(self) -> str:
@@ -62,75 +90,164 @@ class StoreWriter:
 
     def committed(self) -> set[int]:
         """Buckets that are committed now."""
-        return manifest.committed_buckets(self.storage, self.spec)
+        return set(manifest.load(self.storage).buckets.tolist())
 
     def write_bucket(
-        self,
-        bucket: int,
-        sites: Mapping[str, NDArray[Any]],
-        *,
-        sequence: NDArray[np.int32],
-        position: NDArray[np.int32],
-        token_id: NDArray[np.int32],
+        self, bucket: int, sites: Mapping[str, Rows], *, sequence: Rows, position: Rows, token_id: Rows
     ) -> record.CommitRecord | None:
         """Store a bucket and commit it.
 
         Every array is in stored order (see `permutation`): `sites[name]` is [n, d], as bfloat16 bits (uint16) for
-        `bf16` and float32 for `f32`; the others are int32 [n]. Returns the record, or None if another attempt
-        committed the bucket first, in which case nothing was changed.
+        `bf16`, float32 for `f32`, either for `fixed`; the others are int32 [n]. Returns the record, or None if another
+        attempt committed the bucket first or took it over. `EncodingError` names the row whose value has no code.
         """
         data = {**sites, "sequence": sequence, "position": position, "token_id": token_id}
         first, stop = self.spec.bucket_range(bucket)
         self._check(data, stop - first)
-        key = record.commit_key(bucket)
-        if self.storage.exists(key):
+        attempt = Attempt.begin(self.storage, self.spec, bucket)
+        if attempt is None:
             return None
-        shards: dict[str, tuple[record.ShardRecord, ...]] = {}
-        sums: dict[str, stats.Sums] = {}
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="actstore-encode") as pool:
-            for name, array in self._arrays.items():
-                rows = data[name]
-                starts = range(0, stop - first, array.shard_rows)
-                first_shard = first // array.shard_rows
-                jobs = [
-                    pool.submit(self._write_shard, array, first_shard + i, rows[s : s + array.shard_rows])
-                    for i, s in enumerate(starts)
-                ]
-                done = [job.result() for job in jobs]
-                shards[name] = tuple(s for s, _ in done)
-                if name in self.spec.sites:
-                    sums[name] = stats.merge([p for _, p in done if p is not None])
+        calibrations = {name: self._calibration(name, bucket, data[name]) for name in self._fixed_sites()}
+        try:
+            shards, sums = self._write_shards(bucket, data, attempt)
+        except OvertakenError:
+            return None
         made = record.CommitRecord(
-            bucket=bucket, attempt=secrets.token_hex(8), rows=stop - first, shards=shards, stats=sums
+            bucket=bucket,
+            attempt=attempt.id,
+            rows=stop - first,
+            shards=shards,
+            calibration={name: fixed.digest(fixed.to_bytes(c)) for name, c in calibrations.items()},
+            stats=sums,
         )
-        return made if self.storage.create(key, record.to_bytes(made)) else None
+        return made if attempt.commit(record.to_bytes(made)) else None
 
-    def _check(self, data: Mapping[str, NDArray[Any]], rows: int) -> None:
+    def _check(self, data: Mapping[str, Rows], rows: int) -> None:
         if set(data) != set(self._arrays):
             raise ValueError(f"arrays are {sorted(data)}, the store has {sorted(self._arrays)}")
         for name, array in self._arrays.items():
-            raw = np.dtype("<i4") if name in PROVENANCE_ARRAYS else RAW_DTYPES[self.spec.sites[name].encoding]
+            allowed = (np.dtype("<i4"),) if name in PROVENANCE_ARRAYS else RAW_DTYPES[self.spec.sites[name].kind]
             shape = (rows, *array.shape[1:])
-            if data[name].shape != shape or data[name].dtype != raw:
-                raise ValueError(f"{name} is {data[name].dtype}{data[name].shape}, expected {raw}{shape}")
+            if data[name].shape != shape or data[name].dtype not in allowed:
+                expected = " or ".join(f"{dtype}{shape}" for dtype in allowed)
+                raise ValueError(f"{name} is {data[name].dtype}{data[name].shape}, expected {expected}")
 
-    def _write_shard(
-        self, array: ArraySpec, index: int, rows: NDArray[Any]
-    ) -> tuple[record.ShardRecord, stats.Sums | None]:
-        chunks: list[bytes] = []
-        parts: list[stats.Sums] = []
-        for start in range(0, len(rows), array.chunk_rows):
-            chunk = np.ascontiguousarray(rows[start : start + array.chunk_rows])
-            if array.name in self.spec.sites:
-                parts.append(stats.sums(chunk))
-            if len(chunk) < array.chunk_rows:
-                padding = np.zeros((array.chunk_rows - len(chunk), *chunk.shape[1:]), chunk.dtype)
-                chunk = np.concatenate([chunk, padding])
-            chunks.append(codec.encode(chunk, array.codec))
-        data = shard.build(chunks, array.chunks_per_shard)
-        self.storage.put(array.shard_key(index), data)
-        made = record.ShardRecord(crc32c=codec.crc32c(data), chunks=tuple(len(c) for c in chunks))
-        return made, stats.merge(parts) if parts else None
+    def _write_shards(
+        self, bucket: int, data: Mapping[str, Rows], attempt: Attempt
+    ) -> tuple[dict[str, tuple[record.ShardRecord, ...]], dict[str, stats.Sums]]:
+        """Encode in `threads` threads, put in others; what is encoded but not yet put is bounded."""
+        first, stop = self.spec.bucket_range(bucket)
+        buffers, failed = self._buffers, threading.Event()
+        jobs: dict[str, list[Future[encoder.Encoded]]] = {name: [] for name in self._arrays}
+        puts: list[Future[None]] = []
+
+        def put(key: str, buffer: NDArray[np.uint8], size: int) -> None:
+            try:
+                attempt.put(key, [buffer[:size].data])
+            except BaseException:
+                failed.set()
+                raise
+            finally:
+                buffers.put(buffer)
+
+        def encode(array: ArraySpec, start: int, buffer: NDArray[np.uint8]) -> encoder.Encoded:
+            try:
+                rows = data[array.name][start : start + array.shard_rows]
+                made = self._encode(array, rows, bucket, start, buffer)
+            except BaseException:
+                failed.set()
+                buffers.put(buffer)
+                raise
+            puts.append(putters.submit(put, array.shard_key((first + start) // array.shard_rows), buffer, made.size))
+            return made
+
+        with ThreadPoolExecutor(self._puts, thread_name_prefix="actstore-put") as putters:
+            with ThreadPoolExecutor(self.threads, thread_name_prefix="actstore-encode") as encoders:
+                for array in self._arrays.values():
+                    for start in range(0, stop - first, array.shard_rows):
+                        buffer = buffers.get()
+                        if failed.is_set():
+                            buffers.put(buffer)
+                        else:
+                            jobs[array.name].append(encoders.submit(encode, array, start, buffer))
+            done = {name: [job.result() for job in found] for name, found in jobs.items()}
+        for finished in puts:
+            finished.result()
+        shards = {name: tuple(e.shard for e in found) for name, found in done.items()}
+        return shards, {s: reduce(stats.add, [e.sums for e in done[s] if e.sums]) for s in self.spec.sites}
+
+    @cached_property
+    def _buffers(self) -> "queue.SimpleQueue[NDArray[np.uint8]]":
+        """Memory for the shards in flight, kept from bucket to bucket."""
+        size = max(encoder.buffer_bytes(array) for array in self._arrays.values())
+        free: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
+        for _ in range(self.threads + self._puts):
+            free.put(np.empty(size, np.uint8))
+        return free
+
+    def _encode(
+        self, array: ArraySpec, rows: NDArray[Any], bucket: int, start: int, out: NDArray[np.uint8]
+    ) -> encoder.Encoded:
+        try:
+            if array.name in PROVENANCE_ARRAYS:
+                return encoder.encode_shard(array, rows, out)
+            calibration = self._calibrations.get(array.name)
+            return encoder.encode_shard(array, rows, out, with_sums=True, calibration=calibration)
+        except encoder.NotFiniteError as e:
+            raise self._not_finite(array.name, bucket, start + e.row) from e
+
+    def _not_finite(self, site: str, bucket: int, place: int) -> EncodingError:
+        first, stop = self.spec.bucket_range(bucket)
+        key = keyed.key(self.spec.seed, "bucket", bucket)
+        row = first + int(keyed.invert(place, stop - first, key)[0])
+        return EncodingError(
+            f"row {row} of {site} holds NaN or infinity, which {self.spec.sites[site].encoding} can't store; leave the "
+            "row out, or use encoding bf16 or f32"
+        )
+
+    def _fixed_sites(self) -> list[str]:
+        return [name for name, site in self.spec.sites.items() if site.kind == "fixed"]
+
+    def _calibration(self, site: str, bucket: int, rows: Rows) -> fixed.Calibration:
+        """The site's calibration: as stored, else made from this bucket's rows and stored, once for all writers."""
+        if site not in self._calibrations:
+            key = calibration_key(site)
+            if not self.storage.exists(key):
+                parts: list[stats.Sums] = []
+                for start in range(0, rows.shape[0], self.spec.chunk_rows):
+                    part = np.ascontiguousarray(rows[start : start + self.spec.chunk_rows])
+                    bad = fixed.first_not_finite(stats.as_bits(part))
+                    if bad is not None:
+                        raise self._not_finite(site, bucket, start + bad)
+                    parts.append(stats.sums(part))
+                made = fixed.calibrate(reduce(stats.add, parts), self.spec.sites[site].eps)
+                self.storage.create(key, fixed.to_bytes(made))
+            d = self.spec.sites[site].d
+            self._calibrations[site] = fixed.from_bytes(self.storage.get(key, 16 * d), d, f"{self.url}/{key}")
+        return self._calibrations[site]
+
+    def fix_rows(self, rows: int) -> None:
+        """Set the final number of rows of a store that was created open-ended, or with more than it got.
+
+        Committed buckets stay as they are, so `rows` can't be less than they hold. Harmless to repeat.
+        """
+        spec = replace(self.spec, rows=rows)
+        committed = self.committed()
+        last = max(committed, default=-1)
+        if rows > self.spec.rows or (last >= 0 and rows < self.spec.bucket_range(last)[1]):
+            raise ValueError(f"rows is {rows}, but {self.spec.rows} are planned and buckets up to {last} are committed")
+        for _ in range(SWAPS):
+            seen = self.storage.stat(GROUP_KEY)
+            found = manifest.read_spec(self.storage)
+            if found not in (self.spec, spec):
+                raise mismatch(f"the store at {self.url}", _comparable(found), _comparable(self.spec), "Open it again.")
+            # arrays before the group: whoever reads the group's number finds arrays that agree
+            for key, data in metadata_objects(spec).items():
+                self.storage.put(key, data)
+            if seen and self.storage.replace(GROUP_KEY, group_metadata(spec), seen.version):
+                self.spec, self._arrays = spec, arrays(spec)
+                return
+        raise StoreError(f"{self.url}/{GROUP_KEY} changed {SWAPS} times while rows was being set; try again")
 
     def finalise(self) -> None:
         """Consolidate all commit records into a manifest, so that opening is one read; harmless to repeat."""
@@ -140,42 +257,32 @@ class StoreWriter:
 def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int | None = None) -> StoreWriter:
     """Create a store, or open it for more writing if it is there with exactly this spec.
 
-    Raises `MismatchError` naming every field that differs, `StoreError` if something else lives at the URL.
+    Raises `MismatchError` naming every field that differs, `StoreError` if something else lives at the URL or the
+    object store has no conditional writes.
     """
     storage = open_storage(url)
-    created = not storage.exists(GROUP_KEY)
-    if not created and (found := read_spec(storage)) != spec:
+    metadata = metadata_objects(spec)
+    if not storage.exists(GROUP_KEY):
+        # the group last: before it there is no store, and whoever creates it decides what the arrays are
+        taken = [key for key, data in metadata.items() if not storage.create(key, data)]
+        if storage.create(GROUP_KEY, group_metadata(spec)):
+            for key in taken:
+                storage.put(key, metadata[key])
+    if (found := manifest.read_spec(storage)) != spec:
         raise mismatch(
             f"the store at {storage.url}",
             _comparable(found),
             _comparable(spec),
             remedy="Use the same settings to continue it, or another --out.",
         )
-    for array in arrays(spec).values():
-        key = f"{array.name}/zarr.json"
-        if created or not storage.exists(key):
-            storage.put(key, dump(array.metadata()))
-    if created and not storage.create(GROUP_KEY, group_metadata(spec)):
-        return create_store(url, spec, threads=threads)  # somebody else was first: compare with theirs
+    check_conditional_writes(storage, GROUP_KEY)
     return StoreWriter(storage, spec, threads=threads)
 
 
 def open_writer(url: str | os.PathLike[str], *, threads: int | None = None) -> StoreWriter:
     """Open an existing store for writing."""
     storage = open_storage(url)
-    return StoreWriter(storage, read_spec(storage), threads=threads)
-
-
-def read_spec(storage: Storage) -> StoreSpec:
-    """The spec of the store in `storage`; `StoreError` if there is none."""
-    if not storage.exists(GROUP_KEY):
-        raise StoreError(
-            f"no activation store at {storage.url}: it has no {GROUP_KEY}. Make one with: actstore capture"
-        )
-    where = f"{storage.url}/{GROUP_KEY}"
-    parsed = load_sealed(storage.get(GROUP_KEY), where)
-    attributes = parsed.get("attributes") if isinstance(parsed, dict) else None
-    return spec_from_json(attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None, where)
+    return StoreWriter(storage, manifest.read_spec(storage), threads=threads)
 
 
 def _comparable(spec: StoreSpec) -> dict[str, object]:

@@ -46,8 +46,8 @@ class Plan:
 class ActivationDataset(IterableDataset[Any]):
     """Batches of activations, shuffled, from a store.
 
-    Yields `Tensor [B, d]` for one site, `dict[str, Tensor]` for several or with `with_rows`. bf16 sites come as
-    bfloat16, f32 sites as float32; provenance as int32. Every tensor is fresh: change it as you like.
+    Yields `Tensor [B, d]` for one site, `dict[str, Tensor]` for several or with `with_rows`. bf16 and fixed sites come
+    as bfloat16, f32 sites as float32; provenance as int32. Every tensor is fresh: change it as you like.
     """
 
     def __init__(
@@ -355,4 +355,4 @@ def _geometry(store: Store) -> Geometry:
 
 def _tensor(array: Any, dtype: str) -> Tensor:
     tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    return tensor.view(torch.bfloat16) if dtype in ("bfloat16", "int16") else tensor

@@ -10,6 +10,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.store.bits import bf16_bits
+from actstore.store.fixed import Calibration
+
 
 @numba.njit(nogil=True, cache=True)
 def _planes2(
@@ -58,6 +61,44 @@ def _elements(
             target[k] = source[k]
 
 
+@numba.njit(nogil=True, cache=True)
+def _fixed_planes(
+    pool: NDArray[np.uint8],
+    buffer: NDArray[np.int64],
+    row: NDArray[np.int64],
+    scale: NDArray[np.float64],
+    offset: NDArray[np.float64],
+    out: NDArray[np.uint16],
+) -> None:
+    d = out.shape[1]
+    half = pool.shape[1] // 2
+    for i in range(out.shape[0]):
+        start = row[i] * d
+        low = pool[buffer[i], start : start + d]
+        high = pool[buffer[i], half + start : half + start + d]
+        target = out[i]
+        for k in range(d):
+            code = np.int16(np.uint16(low[k]) | (np.uint16(high[k]) << np.uint16(8)))
+            target[k] = bf16_bits(np.float32(np.float64(code) * scale[k] + offset[k]))
+
+
+@numba.njit(nogil=True, cache=True)
+def _fixed_elements(
+    pool: NDArray[np.int16],
+    buffer: NDArray[np.int64],
+    row: NDArray[np.int64],
+    scale: NDArray[np.float64],
+    offset: NDArray[np.float64],
+    out: NDArray[np.uint16],
+) -> None:
+    d = out.shape[1]
+    for i in range(out.shape[0]):
+        codes = pool[buffer[i], row[i] * d : (row[i] + 1) * d]
+        target = out[i]
+        for k in range(d):
+            target[k] = bf16_bits(np.float32(np.float64(codes[k]) * scale[k] + offset[k]))
+
+
 def gather(
     pool: NDArray[np.uint8],
     buffer: NDArray[np.int64],
@@ -65,12 +106,20 @@ def gather(
     out: NDArray[np.generic],
     *,
     planes: bool,
+    calibration: Calibration | None = None,
 ) -> None:
     """Fill `out` [n, d] (uint16 or 4-byte elements) with row `row[i]` of decoded chunk `buffer[i]` of the pool.
 
-    `pool` is [chunks, bytes of a chunk]; `planes` says whether chunks hold byte planes or elements.
+    `pool` is [chunks, bytes of a chunk]; `planes` says whether chunks hold byte planes or elements. With the
+    `calibration` of a `fixed` site the elements are codes, and `out` gets their values as bf16 bits (uint16).
     """
-    if not planes:
+    if calibration is not None:
+        steps = calibration.scale.astype(np.float64), calibration.offset.astype(np.float64)
+        if planes:
+            _fixed_planes(pool, buffer, row, *steps, out.view(np.uint16))
+        else:
+            _fixed_elements(pool.view(np.int16), buffer, row, *steps, out.view(np.uint16))
+    elif not planes:
         # words as wide as the rows allow: byte by byte is four times slower
         word = np.dtype(f"u{math.gcd(8, out.shape[1] * out.dtype.itemsize)}")
         _elements(pool.view(word), buffer, row, out.view(word))

@@ -28,7 +28,13 @@ from actstore.stream.order import Piece, Slot, StreamOrder
 
 POLL_S = 0.1
 Batch = dict[str, NDArray[np.generic]]
-RAW = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32), "int32": np.dtype(np.int32)}
+RAW = {
+    "bfloat16": np.dtype(np.uint16),
+    "int16": np.dtype(np.uint16),
+    "float32": np.dtype(np.float32),
+    "int32": np.dtype(np.int32),
+}
+"""What is delivered for each stored type: bf16 as its bits, codes of `fixed` as their values in bf16 bits."""
 
 
 @dataclass
@@ -163,6 +169,7 @@ class Pipeline:
         self._step, self._steps, self._rows = step, steps, rows_per_step
         self._meter = meter
         self._index: dict[str, ArrayIndex] = {n: store.index.arrays[n] for n in names}
+        self._calibration = {n: store.calibration(n) for n in names if n in store.index.calibration}
         self._recycler = recycler
         self._pool = {
             n: recycler.empty(f"pool/{n}", (buffers, a.array.chunk_bytes), np.dtype(np.uint8))
@@ -243,20 +250,20 @@ class Pipeline:
     def _load_chunk(self, name: str, resident: _Resident) -> None:
         where, piece = self._index[name], resident.piece
         bucket = int(self._store.index.buckets[piece.place])
-        key, offset, length = where.locate(piece.place, bucket, piece.chunk)
-        what = f"{self._store.url}/{key} chunk at byte {offset}"
+        at = where.locate(piece.place, bucket, piece.chunk)
+        what = f"{self._store.url}/{at.key} chunk at byte {at.offset}"
         began = time.perf_counter()
         try:
-            data = self._store.storage.get_range(key, offset, length)
+            data = self._store.storage.get_range(at.key, at.offset, at.length)
         except OSError as e:
             raise StreamError(f"{what}: reading failed ({e})") from e
         fetched = time.perf_counter()
-        codec.decode_into(data, where.array.codec, self._pool[name][resident.buffer], what)
+        codec.decode_into(data, where.array.codec, self._pool[name][resident.buffer], what, committed=at.crc32c)
         done = time.perf_counter()
         with self._meter.lock:
             self._meter.fetch_s += fetched - began
             self._meter.decode_s += done - fetched
-            self._meter.stored_bytes += length
+            self._meter.stored_bytes += at.length
             self._meter.chunks += 1
 
     def _wait(self, condition: Callable[[], bool]) -> bool:
@@ -314,7 +321,14 @@ class Pipeline:
             buffer, row = (np.concatenate(columns) for columns in zip(*draft.parts, strict=True))
             for name, pool in self._pool.items():
                 out = draft.batch[name][draft.filled : draft.filled + len(row)]
-                gather(pool, buffer, row, out.reshape(len(row), -1), planes=self._index[name].array.codec == "planes")
+                gather(
+                    pool,
+                    buffer,
+                    row,
+                    out.reshape(len(row), -1),
+                    planes=self._index[name].array.codec == "planes",
+                    calibration=self._calibration.get(name),
+                )
             with self._meter.lock:
                 self._meter.gather_s += time.perf_counter() - began
                 self._meter.delivered_bytes += sum(a.nbytes // len(a) for a in draft.batch.values()) * len(row)
