@@ -231,6 +231,7 @@ def test_faults_on_the_way(
     """A server that fails in every way that servers do, while two writers race for the same buckets."""
     server: Server = request.getfixturevalue("gcs_server" if kind == "gs" else "s3_server")
     monkeypatch.setenv("ACTSTORE_ENGINE", "obstore" if kind == "s3-obstore" else "fsspec")
+    monkeypatch.setenv("ACTSTORE_RETRY_DEADLINE", "6" if share < 0.1 else "30")
     url = server.fresh()
     with FaultyProxy(server.url, rate=share, seed=1) as proxy:
         monkeypatch.setenv(server.variable, proxy.url)
