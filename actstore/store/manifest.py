@@ -40,7 +40,8 @@ from actstore.store.spec import (
 from actstore.store.storage import Storage
 
 MANIFEST_KEY = "manifest.parquet"
-MANIFEST_LIMIT = 1 << 30
+MANIFEST_LIMIT = 1 << 32
+"""Bytes of a manifest that a reader will read; `spec.MAX_INDEX` keeps it below."""
 _READERS = 16
 _SWAPS = 20
 

@@ -82,10 +82,10 @@ class Store:
     def fingerprint(self) -> str:
         """Hash of the spec and of the crc32c of every committed chunk: equal content, equal fingerprint."""
         h = hashlib.blake2b(dump(self.spec.to_json()), digest_size=16)
-        h.update(self.index.buckets.tobytes())
+        h.update(self.index.buckets.astype("<i8").tobytes())
         for name in sorted(self.index.arrays):
-            h.update(self.index.arrays[name].crc32c.tobytes())
-        h.update(repr(sorted(self.index.calibration.items())).encode())
+            h.update(self.index.arrays[name].crc32c.astype("<u4", copy=False).data)
+        h.update(np.array([crc for _, crc in sorted(self.index.calibration.items())], "<u4").tobytes())
         return h.hexdigest()
 
     def stats(self, site: str) -> SiteStats:

@@ -53,6 +53,8 @@ MAX_CHUNK_BYTES = 1 << 28
 """Of a decoded chunk: what a reader may have to allocate for one."""
 MAX_CHUNKS = 1 << 16
 """Of a bucket, hence of a shard: what bounds every index."""
+MAX_INDEX = 1 << 29
+"""Chunks of all arrays of a store: what bounds its manifest, which takes 7 bytes for each."""
 METADATA_LIMIT = 1 << 28
 """Bytes of a metadata object that a reader will read."""
 
@@ -165,6 +167,12 @@ def _check_fields(spec: StoreSpec) -> None:
         raise ValueError(f"codec is {spec.codec!r}, expected one of {', '.join(codecs.CODECS)}")
     if not spec.sites:
         raise ValueError("a store needs at least one site")
+    chunks = spec.buckets * (spec.bucket_rows // spec.chunk_rows) * (len(spec.sites) + len(PROVENANCE_ARRAYS))
+    if spec.rows != OPEN_ENDED and chunks > MAX_INDEX:
+        raise ValueError(
+            f"{spec.rows} rows of {len(spec.sites)} sites make {chunks} chunks, at most {MAX_INDEX} fit in one store; "
+            "split the sites or rows over several stores, or raise chunk_rows"
+        )
     for name, site in spec.sites.items():
         if not _SITE_NAME.fullmatch(name) or name in _RESERVED:
             raise ValueError(f"site name {name!r} can't be used: expected a name such as resid_post.12")
