@@ -144,7 +144,7 @@ def test_the_calibration_is_made_once_and_is_bound_to_the_buckets(tmp_path: Path
 def test_error_is_at_most_half_a_step(mean: float, sigma: float, eps: float) -> None:
     rng = np.random.default_rng(0)
     x = (mean + sigma * rng.normal(size=(500, 3)) * [1, 10, 0]).astype(np.float32)
-    calibration = fixed.calibrate(stats.sums(x), eps)
+    calibration = fixed.calibrate(stats.sums(x), eps, x)
     codes, values = np.empty(x.shape, np.int16), np.empty(x.shape, np.float32)
     assert fixed.quantise(stats.as_bits(x), calibration, codes, values) == 0
     assert np.array_equal(fixed.dequantise(codes, calibration), values)

@@ -209,7 +209,14 @@ class _Copy:
         self.step.advance(size)
 
     def _calibrations(self) -> None:
-        """Those of sites that stay in their encoding."""
+        """Those of sites that stay in their encoding; of others from the statistics of all rows, not of a sample."""
+        for site, made in self.writer.spec.sites.items():
+            if made.kind == "fixed" and made != self.source.sites[site] and self.source.rows:
+                sums = manifest.merged_stats(self.source.storage, self.source.index)[site]
+                if np.isfinite(sums.max_abs):  # else the writer names the row
+                    sample = BucketRows(self._values(site), self.source, site, 0)[: fixed.CALIBRATION_ROWS]
+                    calibration = fixed.calibrate(sums, made.eps, sample)
+                    self.destination.create(calibration_key(site), fixed.to_bytes(calibration))
         for site, crc in self.source.index.calibration.items():
             if self.writer.spec.sites[site] != self.source.sites[site]:
                 continue

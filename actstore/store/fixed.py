@@ -2,7 +2,9 @@
 
 Rounding to a step s adds s^2 / 12 of squared error per value, so with a step of `sqrt(12 * eps) * sigma` in every
 dimension the added error is eps of the variance: of the whole, and of each dimension. `calibrate` takes sigma and
-mean from a sample, once per site; every value of the store is then
+mean from a sample, once per site. Where a few giant rows make most of a dimension's variance, its step is wider than
+what the other rows span, and rounding errs by less or more than s^2 / 12: so steps are scaled until the error that is
+measured on rows of the sample is eps. Every value of the store is then
 
     value = float32(scale * code + offset)      in float64, which is exact up to the last rounding
 
@@ -24,10 +26,14 @@ from numpy.typing import NDArray
 from actstore.errors import IntegrityError
 from actstore.store.bits import wide
 from actstore.store.codec import CRC_BYTES, crc32c
-from actstore.store.stats import Sums, summarise
+from actstore.store.stats import Sums, as_bits, summarise
 
 CENTRE = 128
 """Code of the mean."""
+CALIBRATION_ROWS = 1 << 13
+"""Rows that are enough to measure the error on: rounding errors, unlike variances, have no heavy tails."""
+_ROUNDS = 3
+_BLOCK = 256
 _LEAST_SHARE = 2.0**-16
 """Least sigma of a dimension in units of the largest: constant dimensions need a step too."""
 
@@ -42,14 +48,43 @@ class Calibration:
     """Value of code 0 per dimension [d]."""
 
 
-def calibrate(sample: Sums, eps: float) -> Calibration:
-    """Steps for an added FVU of eps from the statistics of a sample of at least one row, all finite."""
+def calibrate(sample: Sums, eps: float, rows: NDArray[Any]) -> Calibration:
+    """Steps for an added FVU of eps from the statistics of a sample, and rows [n, d] of it to measure the error on.
+
+    All must be finite; `rows` are bf16 bits (uint16) or float32.
+    """
     s = summarise(sample)
     sigma = np.sqrt(s.variance)
     largest = float(sigma.max()) or float(np.abs(s.mean).max()) or 1.0
-    scale = (math.sqrt(12 * eps) * np.maximum(sigma, _LEAST_SHARE * largest)).astype(np.float32)
-    scale = np.maximum(scale, np.float32(np.finfo(np.float32).tiny))
-    return Calibration(scale=scale, offset=(s.mean - CENTRE * scale.astype(np.float64)).astype(np.float32))
+    steps = math.sqrt(12 * eps) * np.maximum(sigma, _LEAST_SHARE * largest)
+    made, factor = _with_steps(steps, s.mean), 1.0
+    # sums of squares don't resolve less variance than that
+    resolved = s.variance.sum() > 1e-9 * float(np.square(s.mean).sum())
+    for _ in range(_ROUNDS if resolved else 0):
+        error = _error(rows, made)
+        if error <= 0:
+            break
+        factor = min(max(factor * math.sqrt(eps * s.variance.sum() / error), 0.5), 2.0)
+        made = _with_steps(factor * steps, s.mean)
+    return made
+
+
+def _with_steps(steps: NDArray[np.float64], mean: NDArray[np.float64]) -> Calibration:
+    finest = np.maximum(np.abs(mean) * 2.0**-23, np.finfo(np.float32).tiny)  # what float32 offsets and values resolve
+    scale = np.maximum(steps, finest).astype(np.float32)
+    return Calibration(scale=scale, offset=(mean - CENTRE * scale.astype(np.float64)).astype(np.float32))
+
+
+def _error(rows: NDArray[Any], calibration: Calibration) -> float:
+    """Mean squared error of a row, summed over dimensions, that the codes add."""
+    total = 0.0
+    for start in range(0, len(rows), _BLOCK):
+        bits = as_bits(rows[start : start + _BLOCK])
+        codes, values = np.empty(bits.shape, np.int16), np.empty(bits.shape, np.float32)
+        quantise(bits, calibration, codes, values)
+        exact = bits.astype(np.uint32) << np.uint32(32 - 8 * bits.dtype.itemsize)
+        total += float(((values.astype(np.float64) - exact.view(np.float32)) ** 2).sum())
+    return total / len(rows)
 
 
 def to_bytes(calibration: Calibration) -> bytes:

@@ -220,7 +220,8 @@ class StoreWriter:
                     if bad is not None:
                         raise self._not_finite(site, bucket, start + bad)
                     parts.append(stats.sums(part))
-                made = fixed.calibrate(reduce(stats.add, parts), self.spec.sites[site].eps)
+                sums, eps = reduce(stats.add, parts), self.spec.sites[site].eps
+                made = fixed.calibrate(sums, eps, np.ascontiguousarray(rows[: fixed.CALIBRATION_ROWS]))
                 self.storage.create(key, fixed.to_bytes(made))
             d = self.spec.sites[site].d
             self._calibrations[site] = fixed.from_bytes(self.storage.get(key, 16 * d), d, f"{self.url}/{key}")
