@@ -7,7 +7,6 @@ copy, bare reads, bare codec calls, bare gather) are what to compare; each figur
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.store import SiteSpec, StoreSpec, codec, create_store
+from actstore.store import codec
 from actstore.store.reader import Store, open_store
 from actstore.stream.dataset import ActivationDataset
 from actstore.stream.gather import gather
@@ -196,63 +195,3 @@ def activations_like(rows: int, d: int, seed: int = 0) -> NDArray[np.uint16]:
     x = rng.standard_t(5, (rows, d)).astype(np.float32) * np.exp(rng.normal(0, 0.6, d)).astype(np.float32)
     bits = x.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def bench_write(url: str | None = None, *, d: int = 2304, rows: int = 1 << 16, threads: int | None = None) -> Report:
-    """Write a bucket of synthetic activations to a new store below `url`, and encode and put the same bytes bare."""
-    with tempfile.TemporaryDirectory(prefix="actstore-bench-") as scratch:
-        target = url or scratch
-        used = threads or os.cpu_count() or 1
-        spec = StoreSpec(
-            sites={"bench.0": SiteSpec(d=d)}, rows=rows, bucket_rows=-(-rows // 16384) * 16384, shard_rows=16384
-        )
-        bits = activations_like(rows, d)
-        chunks = [np.ascontiguousarray(bits[i : i + 2048]) for i in range(0, rows, 2048)]
-        zeros = np.zeros(rows, np.int32)
-        attempt = iter(range(1000))
-        ratio = 0.0
-
-        def write() -> int:
-            nonlocal ratio
-            writer = create_store(f"{target}/bench-{os.getpid()}-{next(attempt)}", spec, threads=threads)
-            made = writer.write_bucket(0, {"bench.0": bits}, sequence=zeros, position=zeros, token_id=zeros)
-            assert made is not None
-            ratio = bits.nbytes / sum(sum(s.chunks) for s in made.shards["bench.0"])
-            return bits.nbytes
-
-        with ThreadPoolExecutor(used) as pool:
-            encoded = rate(lambda: sum(c.nbytes for c, _ in zip(chunks, pool.map(_encode, chunks), strict=True)))
-        written = rate(write, passes=3)
-        put = _put_rate(target, bits.nbytes / ratio, ratio)
-    copy = memcpy()
-    rates = [
-        Rate(what="memory copy, 1 core", gb_s=copy, of_ceiling=1.0, ceiling="itself"),
-        Rate(what=f"encode, {used} threads", gb_s=encoded, of_ceiling=encoded / copy, ceiling="memory copy"),
-        Rate(what="put, 1 thread", gb_s=put, of_ceiling=put / copy, ceiling="memory copy"),
-        Rate(
-            what="write_bucket",
-            gb_s=written,
-            of_ceiling=written / min(encoded, put),
-            ceiling="slower of encode and put",
-        ),
-    ]
-    bound = "encode" if encoded < put else "put"
-    return Report(command=f"actstore bench write --d {d} --rows {rows}", rates=rates, bound=bound, machine=machine())
-
-
-def _encode(chunk: NDArray[np.uint16]) -> bytes:
-    return codec.encode(chunk, "planes")
-
-
-def _put_rate(target: str, stored: float, ratio: float) -> float:
-    """GB/s of putting random bytes in objects of a shard's size, as the activations they would hold."""
-    from actstore.store.storage import open_storage
-
-    storage = open_storage(f"{target}/bench-{os.getpid()}-raw")
-    data = np.random.default_rng(0).bytes(min(int(stored), 1 << 25))
-
-    def work() -> int:
-        storage.put("object", data)
-        return int(len(data) * ratio)
-
-    return rate(work, passes=3)

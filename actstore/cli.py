@@ -15,7 +15,7 @@ from tyro.extras import SubcommandApp
 
 from actstore import console
 from actstore.capture.config import CaptureConfig
-from actstore.progress import Progress
+from actstore.progress import Progress, scaled
 from actstore.tokens.config import TokenizeConfig
 
 if TYPE_CHECKING:
@@ -145,8 +145,11 @@ def info(url: Positional[str], *, json: Json = None) -> None:
     elif not figures["complete"]:
         shown["complete"] = f"{figures['buckets'] / figures['planned_buckets']:.1%}"
     console.print_table(f"store {url}", shown)
-    header = ("site", "d", "encoding", "bytes", "ratio", "rms norm", "max |x|", "saturated")
-    console.print_table("sites", [(name, *site.values()) for name, site in sites.items()], header=header)
+    header = ("site", "d", "encoding", "bytes", "ratio", "rms\nnorm", "max\n|x|", "satu-\nrated")
+    lines = [(n, *(scaled(v) if k == "bytes_stored" else v for k, v in s.items())) for n, s in sites.items()]
+    if all(site["saturated"] is None for site in sites.values()):
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    console.print_table("sites", lines, header=header)
     console.print_table("provenance", {k: str(v) for k, v in sorted(provenance.items())})
     console.write_json(json, figures)
 
@@ -214,7 +217,7 @@ def export(
         summary = run(
             url,
             out,
-            sites=sites.split(",") if sites is not None else None,
+            sites=[s.strip() for s in sites.split(",")] if sites is not None else None,
             rows=parse_rows(rows) if rows is not None else None,
             sample=sample,
             seed=seed,
@@ -247,8 +250,8 @@ def gc(url: Positional[str], *, older_than: float = 24.0, delete: bool = False, 
         print(f"left alone: {reason}")
     for key, size in found.unknown.items():
         print(f"unknown, left alone: {console.figure(key)} ({size:,} bytes)")
-    hint = "freed" if delete or not found.garbage else "to free; do it with --delete"
-    print(f"{len(found.garbage):,} objects, {found.bytes:,} bytes {hint}")
+    hint = "freed" if delete else "to free; do it with --delete"
+    print(f"{len(found.garbage):,} objects, {found.bytes:,} bytes {hint}" if found.garbage else "nothing to free")
     console.write_json(json, asdict(found) | {"bytes": found.bytes})
 
 
@@ -313,24 +316,26 @@ def read(
 def write(
     url: Positional[str | None] = None,
     *,
+    like: str | None = None,
     d: int = 2304,
-    rows: int = 1 << 16,
+    gb: float = 2.4,
     threads: int | None = None,
     json: Json = None,
 ) -> None:
-    """Write synthetic activations; compare with bare encoding and bare puts in the same run.
+    """Write activations; compare with bare encoding and bare puts in the same run.
 
     Args:
-        url: where to write; stores named bench-* are left there. Default: a temporary directory.
-        d: width of the rows.
-        rows: number of rows.
+        url: below which to write, and to delete again; default: a temporary directory.
+        like: a store with a bf16 site whose rows are written; default: synthetic ones with the entropy of activations.
+        d: width of synthetic rows.
+        gb: GB of rows that are written in each round.
         threads: encoding threads; default one a core.
         json: also write the figures to this file, as JSON.
 
     """
-    from actstore.bench import bench_write
+    from actstore.bench_write import bench_write
 
-    _show(bench_write(url, d=d, rows=rows, threads=threads), json)
+    _show(bench_write(url, like=like, d=d, gb=gb, threads=threads), json)
 
 
 def main() -> None:
