@@ -124,7 +124,7 @@ def main() -> None:
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for found in lines:
         print("| " + " | ".join(found.values()) + " |")
-    print_table("requests of a bucket of 4 shards", {k: v for k, v in sorted(requests_of_a_bucket().items())})
+    print_table("requests of a bucket of 4 shards", dict(sorted(requests_of_a_bucket().items())))
 
 
 if __name__ == "__main__":

@@ -152,8 +152,24 @@ def decode_into(
 ) -> None:
     """Check and decode one chunk into `out` [bytes of the chunk]: planes for `planes`, elements for the others.
 
-    `what` names the chunk in the error; `committed` is the crc32c that the commit record has for it. Raises
-    `IntegrityError` if a checksum or the decoded size is wrong.
+    Raises `IntegrityError` if a checksum or the decoded size is wrong, see `check_chunk`.
+    """
+    payload = check_chunk(data, codec, out.nbytes, what, committed=committed)
+    try:
+        if codec == "none":
+            out[:] = np.frombuffer(payload, np.uint8)
+        elif codec == "blosc":
+            blosc.decompress(payload, out)
+        else:
+            zstd.decompress(payload, out)
+    except (RuntimeError, ValueError) as e:
+        raise IntegrityError(f"{what}: does not decode as {codec} ({e})") from e
+
+
+def check_chunk(data: Any, codec: CodecName, decoded: int, what: str, *, committed: int | None = None) -> memoryview:
+    """What is to be decoded of one chunk, once its checksums and the size that it says it has are right.
+
+    `what` names the chunk in the `IntegrityError`; `committed` is the crc32c that the commit record has for it.
     """
     view = memoryview(data)
     payload, stored = view[:-CRC_BYTES], int.from_bytes(view[-CRC_BYTES:], "little")
@@ -170,17 +186,9 @@ def decode_into(
             f"{committed:08x}); objects were swapped or restored from elsewhere. Find the extent with: actstore verify"
         )
     size = _decoded_bytes(payload, codec)
-    if size != out.nbytes:
-        raise IntegrityError(f"{what}: holds {size} bytes, expected {out.nbytes}")
-    try:
-        if codec == "none":
-            out[:] = np.frombuffer(payload, np.uint8)
-        elif codec == "blosc":
-            blosc.decompress(payload, out)
-        else:
-            zstd.decompress(payload, out)
-    except (RuntimeError, ValueError) as e:
-        raise IntegrityError(f"{what}: does not decode as {codec} ({e})") from e
+    if size != decoded:
+        raise IntegrityError(f"{what}: holds {size} bytes, expected {decoded}")
+    return payload
 
 
 def _decoded_bytes(payload: memoryview, codec: CodecName) -> int | None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from actstore.errors import IntegrityError, MissingError, StoreError
 from actstore.store import record, stats
 from actstore.store.codec import max_stored
+from actstore.store.parquet_pages import page_sizes
 from actstore.store.shard import index_bytes
 from actstore.store.spec import (
     ATTRIBUTE,
@@ -34,6 +35,7 @@ from actstore.store.spec import (
     arrays,
     check_seal,
     load_sealed,
+    parse_json,
     seal,
     spec_from_json,
 )
@@ -135,12 +137,23 @@ def load(storage: Storage) -> Index:
     spec = read_spec(storage)
     if known is None:
         return load_records(storage, spec)
-    if replace(known.spec, rows=spec.rows) != spec:
+    if not agrees(known, spec):
         raise StoreError(
             f"{storage.url}: {MANIFEST_KEY} and {GROUP_KEY} describe different stores; see: actstore verify"
         )
     have = set(known.buckets.tolist())
     return _together(spec, known, _index(spec, read_records(storage, spec, listed_buckets(storage, spec) - have)))
+
+
+def _bucket_sizes(spec: StoreSpec, buckets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of these buckets."""
+    return np.minimum(spec.bucket_rows, spec.rows - buckets * spec.bucket_rows)
+
+
+def agrees(known: Index, spec: StoreSpec) -> bool:
+    """Whether a manifest is of the store that the group describes; the planned rows may have been fixed since."""
+    same_rows = (_bucket_sizes(known.spec, known.buckets) == _bucket_sizes(spec, known.buckets)).all()
+    return bool(same_rows) and replace(known.spec, rows=spec.rows) == spec
 
 
 def load_records(storage: Storage, spec: StoreSpec) -> Index:
@@ -283,34 +296,60 @@ def from_parquet(data: bytes, where: str) -> Index:
     if not check_seal(data, where):
         raise IntegrityError(f"{where}: has no {SEAL}. Delete it and finalise again; the commit records hold the same")
     with _parsing(where):
-        file = pq.ParquetFile(pa.BufferReader(data))
-        about = json.loads((file.metadata.metadata or {})[ATTRIBUTE.encode()])
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["attempt"])
+        about = parse_json((file.metadata.metadata or {})[ATTRIBUTE.encode()])
         calibration, sums = about.pop("calibration"), about.pop("stats")
         spec = spec_from_json(about, where)
-        _check_sizes(file.metadata, spec, len(data))
-        head = file.read(columns=["bucket", "attempt"])
-        buckets = head["bucket"].to_numpy().astype(np.int64)
+        _check_sizes(spec, data)
+        buckets, attempts = _head(file)
         if not (np.diff(buckets) > 0).all() or not ((buckets >= 0) & (buckets < spec.buckets)).all():
             raise ValueError("bucket numbers are out of order or out of range")
+        merged = {s: stats.from_json(sums[s], site.d, f"{where} {s}") for s, site in spec.sites.items()}
+        rows = int(_bucket_sizes(spec, buckets).sum())
+        if any(s.rows != rows for s in merged.values()):
+            raise ValueError(f"statistics are not of the {rows} rows of its buckets")
         return Index(
             spec=spec,
             buckets=buckets,
-            attempts=tuple(str(a) for a in head["attempt"].to_pylist()),
+            attempts=attempts,
             arrays=_Columns(file, spec, buckets, where),
             calibration={
                 s: record.parse_crcs(calibration[s], 1, where)[0]
                 for s, site in sorted(spec.sites.items())
                 if site.kind == "fixed"
             },
-            stats={s: stats.from_json(sums[s], site.d, f"{where} {s}") for s, site in spec.sites.items()},
+            stats=merged,
         )
+
+
+def _head(file: pq.ParquetFile) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Buckets and attempts; these as a dictionary, because a file can repeat one long string for next to nothing."""
+    head = file.read(columns=["bucket", "attempt"])
+    buckets, attempts = (head[c].unify_dictionaries().combine_chunks() for c in ("bucket", "attempt"))
+    if buckets.type != pa.int64() or attempts.type != pa.dictionary(pa.int32(), pa.string()):
+        raise ValueError(f"bucket and attempt are {buckets.type} and {attempts.type}, expected int64 and string")
+    if buckets.null_count or attempts.null_count:
+        raise ValueError("bucket or attempt has no value in some row")
+    ids = attempts.dictionary.to_pylist()
+    if not all(map(record.is_attempt, ids)):
+        raise ValueError("attempt is not a short id in some row")
+    return buckets.to_numpy(), tuple(ids[i] for i in attempts.indices.to_pylist())
 
 
 @contextmanager
 def _parsing(where: str) -> Generator[None]:
     try:
         yield
-    except (KeyError, ValueError, TypeError, AttributeError, OSError, RecursionError, pa.ArrowException) as e:
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+        RecursionError,
+        pa.ArrowException,
+    ) as e:
         raise StoreError(f"{where}: not a manifest of this store ({e})") from e
 
 
@@ -319,7 +358,7 @@ class _Columns(Mapping[str, ArrayIndex]):
 
     def __init__(self, file: pq.ParquetFile, spec: StoreSpec, buckets: NDArray[np.int64], where: str) -> None:
         self._file, self._specs, self._where = file, arrays(spec), where
-        self._rows = np.minimum(spec.bucket_rows, spec.rows - buckets * spec.bucket_rows)
+        self._rows = _bucket_sizes(spec, buckets)
         self._width = spec.bucket_rows // spec.chunk_rows
         self._unpacked: dict[str, ArrayIndex] = {}
         self._lock = threading.Lock()
@@ -361,15 +400,14 @@ class _Columns(Mapping[str, ArrayIndex]):
         return out
 
 
-def _check_sizes(claimed: Any, spec: StoreSpec, size: int) -> None:
+def _check_sizes(spec: StoreSpec, data: bytes) -> None:
     """Refuse to unpack what could not have been so small: half of the numbers are checksums, which do not compress."""
-    rows = claimed.num_rows
+    rows, values, unpacked = page_sizes(data)
+    limit = (1 << 27) + 16 * len(data)
     wide = 2 * (spec.bucket_rows // spec.chunk_rows) * len(arrays(spec))
-    if rows > spec.buckets or 4 * rows * wide > (1 << 27) + 16 * size:
-        raise ValueError(f"{rows} rows of {wide} numbers in {size} bytes")
+    if not 0 <= rows <= spec.buckets or 4 * rows * wide > limit:
+        raise ValueError(f"{rows} rows of {wide} numbers in {len(data)} bytes")
     most = {"bucket": rows, "attempt": rows}
-    for group in range(claimed.num_row_groups):
-        for i in range(claimed.num_columns):
-            column = claimed.row_group(group).column(i)
-            if column.num_values > most.get(column.path_in_schema, rows * wide):
-                raise ValueError(f"column {column.path_in_schema} has {column.num_values} values")
+    for name in values:
+        if values[name] > most.get(name, rows * wide) or unpacked[name] > limit:
+            raise ValueError(f"column {name} has {values[name]} values in {unpacked[name]} bytes")

@@ -1,19 +1,22 @@
 """Reading a store: what it holds, where each chunk lies, and its arrays through zarr.
 
-Only committed buckets exist here. `stream/` reads chunks through `Index.locate`; `store[name]` is the plain zarr
-array for everything else (uncommitted buckets read as zeros there: that is zarr's rule for missing chunks).
+Only committed buckets exist here. `stream/` reads chunks through `Index.locate`; `store[name]` is a zarr array for
+everything else (uncommitted buckets read as zeros there: that is zarr's rule for missing chunks). Its chunks come from
+`read_chunk`, because zarr alone reads a lost shard as zeros, and takes an intact chunk in the wrong place.
 """
 
+import asyncio
 import hashlib
 import os
-import warnings
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import zarr
-import zarr.storage
 from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, cpu
+from zarr.storage import MemoryStore, WrapperStore
 
 from actstore.errors import IntegrityError, StoreError
 from actstore.store import codec, fixed, manifest
@@ -28,7 +31,7 @@ from actstore.store.spec import (
     metadata_objects,
 )
 from actstore.store.stats import SiteStats, Sums, summarise
-from actstore.store.storage import LocalStorage, Storage, open_storage
+from actstore.store.storage import Storage, open_storage
 
 
 class Store:
@@ -123,32 +126,79 @@ class Store:
 
         bf16 comes as its bits (uint16), `fixed` as its codes (int16).
         """
+        bucket, array = int(self.index.buckets[place]), self.index.arrays[name].array
+        first, stop = self.spec.bucket_range(bucket)
+        rows = self._whole_chunk(name, place, chunk)
+        return rows[: min(array.chunk_rows, stop - first - chunk * array.chunk_rows)]
+
+    def _whole_chunk(self, name: str, place: int, chunk: int) -> NDArray[Any]:
+        """`read_chunk` with the rows that fill up the last one [chunk_rows, ...]."""
         where = self.index.arrays[name]
         array = where.array
-        bucket = int(self.index.buckets[place])
-        at = where.locate(place, bucket, chunk)
+        at = where.locate(place, int(self.index.buckets[place]), chunk)
         decoded = np.empty(array.chunk_bytes, np.uint8)
         data = self.storage.get_range(at.key, at.offset, at.length)
         what = f"{self.url}/{at.key} chunk at byte {at.offset}"
         codec.decode_into(data, array.codec, decoded, what, committed=at.crc32c)
         dtype = BITS if array.dtype.name == "bfloat16" else array.dtype
-        rows = codec.merge(decoded, array.codec, dtype).reshape(array.chunk_rows, *array.shape[1:])
-        first, stop = self.spec.bucket_range(bucket)
-        return rows[: min(array.chunk_rows, stop - first - chunk * array.chunk_rows)]
+        return codec.merge(decoded, array.codec, dtype).reshape(array.chunk_rows, *array.shape[1:])
+
+    def chunk_at(self, name: str, number: int) -> NDArray[Any] | None:
+        """Chunk `number` of the array, counted over all buckets, whole; None if its bucket is not committed."""
+        bucket, chunk = divmod(number, self.spec.bucket_rows // self.spec.chunk_rows)
+        place = self.index.place(bucket)
+        return None if place is None else self._whole_chunk(name, place, chunk)
 
     def __getitem__(self, name: str) -> zarr.Array[Any]:
-        """The zarr array of a site or of `sequence`, `position`, `token_id`."""
+        """A site, or `sequence`, `position`, `token_id`, as a zarr array; a damaged chunk raises `IntegrityError`."""
         if name not in (*self.sites, *PROVENANCE_ARRAYS):
             self.check_site(name)
         key = f"{name}/{GROUP_KEY}"
         if self.storage.get(key, 1 << 20) != metadata_objects(self.spec)[key]:
             raise IntegrityError(f"{self.url}/{key}: is not the array metadata that the store's spec asks for")
-        local = isinstance(self.storage, LocalStorage)
-        root = self.url if local else zarr.storage.FsspecStore.from_url(self.url, read_only=True)
-        with warnings.catch_warnings():
-            # zarr warns that numcodecs.shuffle is outside its specification; the format says so itself.
-            warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
-            return zarr.open_array(root, path=name, mode="r")
+        return zarr.open_array(Chunks(self, name), mode="r")
+
+
+class Chunks(WrapperStore[MemoryStore]):
+    """What zarr reads of one array: metadata of unsharded, plain chunks, and chunks as `Store` checks and decodes."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        """Array `name` of `store`."""
+        array = store.index.arrays[name].array
+        grid = {"name": "regular", "configuration": {"chunk_shape": [array.chunk_rows, *array.shape[1:]]}}
+        plain = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        metadata = dump({**array.metadata(), "chunk_grid": grid, "codecs": plain})
+        super().__init__(MemoryStore({GROUP_KEY: cpu.Buffer.from_bytes(metadata)}, read_only=True))
+        self.store, self.name = store, name
+
+    def __eq__(self, value: object) -> bool:
+        """Whether it is the same array of the same store."""
+        return isinstance(value, Chunks) and (value.store.url, value.name) == (self.store.url, self.name)
+
+    def __hash__(self) -> int:
+        """Of what `__eq__` compares."""
+        return hash((self.store.url, self.name))
+
+    def __str__(self) -> str:
+        """Where the array is."""
+        return f"{self.store.url}/{self.name}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The receiving process opens the store itself."""
+        return _reopen, (self.store.url, self.name)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The metadata or a whole chunk; None for a chunk of an uncommitted bucket."""
+        if not key.startswith("c/"):
+            return await super().get(key, prototype, byte_range)
+        if byte_range is not None:
+            raise NotImplementedError("chunks are read as a whole")
+        rows = await asyncio.to_thread(self.store.chunk_at, self.name, int(key.split("/")[1]))
+        return None if rows is None else prototype.buffer.from_bytes(rows.tobytes())
+
+
+def _reopen(url: str, name: str) -> Chunks:
+    return Chunks(open_store(url), name)
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:

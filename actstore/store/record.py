@@ -21,6 +21,8 @@ from actstore.store.spec import FORMAT_VERSION, SEAL, UNSEALED, ArraySpec, Store
 
 COMMITS = "commits"
 WRITING, COMMITTED = "writing", "committed"
+MAX_ATTEMPT = 64
+"""Characters of an attempt's id."""
 _HEX = re.compile(r"[0-9a-f]*")
 _INTENT_FIELDS = {"format_version", SEAL, "bucket", "attempt", "state"}
 _FIELDS = _INTENT_FIELDS | {"rows", "shards", "calibration", "stats"}
@@ -135,7 +137,7 @@ def from_bytes(data: bytes, spec: StoreSpec, bucket: int) -> CommitRecord | Inte
     for name, value in expected.items():
         if type(parsed[name]) is not int or parsed[name] != value:
             raise StoreError(f"{where}: {name} is {parsed[name]!r}, expected {value}")
-    if not isinstance(parsed["attempt"], str) or not 0 < len(parsed["attempt"]) <= 64:
+    if not is_attempt(parsed["attempt"]):
         raise StoreError(f"{where}: attempt is {parsed['attempt']!r}, expected a short id")
     if state == WRITING:
         return Intent(bucket=bucket, attempt=parsed["attempt"])
@@ -155,6 +157,11 @@ def from_bytes(data: bytes, spec: StoreSpec, bucket: int) -> CommitRecord | Inte
         calibration={name: parse_crcs(parsed["calibration"][name], 1, where)[0] for name in sorted(fixed)},
         stats=sums,
     )
+
+
+def is_attempt(text: object) -> bool:
+    """Whether it can be the id of an attempt: a few printable ASCII characters."""
+    return isinstance(text, str) and 0 < len(text) <= MAX_ATTEMPT and text.isascii() and text.isprintable()
 
 
 def _expect_names(found: Any, expected: set[str], what: str) -> None:

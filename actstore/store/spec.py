@@ -6,6 +6,7 @@ from untrusted bytes, so every field is checked before it is used.
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -57,6 +58,12 @@ MAX_INDEX = 1 << 29
 """Chunks of all arrays of a store: what bounds its manifest, which takes 7 bytes for each."""
 METADATA_LIMIT = 1 << 28
 """Bytes of a metadata object that a reader will read."""
+MAX_VALUES = 1 << 22
+"""Of a JSON object: what bounds the memory of a parsed one, which takes 20 to 50 times its bytes."""
+MAX_DEPTH = 64
+"""Of lists and objects in a JSON object: what bounds recursion."""
+MAX_NAME = 128
+"""Characters of a site's name, which file systems must be able to hold."""
 
 
 def parse_encoding(text: object) -> tuple[Kind, float]:
@@ -163,6 +170,11 @@ def _check_fields(spec: StoreSpec) -> None:
         raise ValueError(f"bucket_rows ({spec.bucket_rows}) must be a multiple of shard_rows ({spec.shard_rows})")
     if spec.bucket_rows // spec.chunk_rows > MAX_CHUNKS:
         raise ValueError(f"a bucket has {spec.bucket_rows // spec.chunk_rows} chunks, at most {MAX_CHUNKS} are allowed")
+    if 2 * (spec.bucket_rows // spec.chunk_rows) * (len(spec.sites) + len(PROVENANCE_ARRAYS)) > MAX_VALUES:
+        raise ValueError(
+            f"a bucket has too many chunks of {len(spec.sites)} sites for one commit record; "
+            "lower bucket_rows or raise chunk_rows"
+        )
     if spec.codec not in codecs.CODECS:
         raise ValueError(f"codec is {spec.codec!r}, expected one of {', '.join(codecs.CODECS)}")
     if not spec.sites:
@@ -174,8 +186,8 @@ def _check_fields(spec: StoreSpec) -> None:
             "split the sites or rows over several stores, or raise chunk_rows"
         )
     for name, site in spec.sites.items():
-        if not _SITE_NAME.fullmatch(name) or name in _RESERVED:
-            raise ValueError(f"site name {name!r} can't be used: expected a name such as resid_post.12")
+        if not _SITE_NAME.fullmatch(name) or name in _RESERVED or len(name) > MAX_NAME:
+            raise ValueError(f"site name {name[:MAX_NAME]!r} can't be used: expected a name such as resid_post.12")
         if type(site.d) is not int or not 0 < site.d <= MAX_D:
             raise ValueError(f"site {name}: d is {site.d!r}, expected 1 to {MAX_D}")
         raw = spec.chunk_rows * site.d * DTYPES[site.kind].itemsize
@@ -329,11 +341,33 @@ def check_seal(data: bytes, where: str) -> bool:
     return True
 
 
+def parse_json(data: bytes) -> Any:
+    """The JSON value; `ValueError` too for NaN, infinities, more values or deeper nesting than any store needs."""
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:
+        raise ValueError(f"has {values} values, at most {MAX_VALUES} are allowed")
+    parsed = json.loads(data, parse_constant=_finite, parse_float=_finite)
+    level = [parsed] if isinstance(parsed, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inner = (v for c in level for v in (c.values() if isinstance(c, dict) else c))
+        level = [v for v in inner if isinstance(v, (dict, list))]
+    if level:
+        raise ValueError(f"has values inside more than {MAX_DEPTH} others")
+    return parsed
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no JSON number")
+    return value
+
+
 def load_sealed(data: bytes, where: str) -> Any:
     """Parse sealed JSON; `IntegrityError` if a byte of it changed, `StoreError` if it was never sealed JSON."""
     sealed = check_seal(data, where)
     try:
-        parsed = json.loads(data)
+        parsed = parse_json(data)
     except (ValueError, RecursionError) as e:
         raise StoreError(f"{where}: not JSON ({e})") from e
     if not sealed:

@@ -5,6 +5,7 @@ rounded, so the merged figures do not depend on the order of buckets or on who w
 """
 
 import base64
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -107,12 +108,20 @@ def add(a: Sums, b: Sums) -> Sums:
     )
 
 
+def _fsum(values: NDArray[np.float64]) -> float:
+    """`math.fsum`; infinity or NaN where it has no answer: sums that no rows have, but a record can claim."""
+    if np.isfinite(values).all():
+        with contextlib.suppress(OverflowError):
+            return math.fsum(values)
+    with np.errstate(all="ignore"):
+        return float(values.sum())
+
+
 def merge(parts: Sequence[Sums]) -> Sums:
     """The sums of several buckets together; independent of their order."""
 
     def add(columns: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
-        table = np.stack(list(columns), axis=1)
-        return np.array([math.fsum(row) if np.isfinite(row).all() else row.sum() for row in table])
+        return np.array([_fsum(row) for row in np.stack(list(columns), axis=1)])
 
     tops = np.array([p.max_abs for p in parts])
     return Sums(
@@ -127,11 +136,13 @@ def merge(parts: Sequence[Sums]) -> Sums:
 def summarise(s: Sums) -> SiteStats:
     """Mean, variance and norms from sums."""
     mean = s.total / s.rows
+    with np.errstate(all="ignore"):
+        variance = np.maximum(s.squares / s.rows - mean**2, 0.0)
     return SiteStats(
         rows=s.rows,
         mean=mean,
-        variance=np.maximum(s.squares / s.rows - mean**2, 0.0),
-        mean_sq_norm=math.fsum(s.squares) / s.rows if np.isfinite(s.squares).all() else math.nan,
+        variance=variance,
+        mean_sq_norm=_fsum(s.squares) / s.rows if np.isfinite(s.squares).all() else math.nan,
         max_abs=s.max_abs,
         saturated=s.saturated,
     )

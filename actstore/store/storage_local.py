@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import stat
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -44,33 +45,45 @@ class LocalStorage:
         for part in key.split("/"):
             name = f"{name}/{part}"
             if os.path.islink(name):  # noqa: PTH114  a Path costs more than the system call
-                if not path.resolve().is_relative_to(self.root.resolve()):
+                real = Path(os.path.realpath(path))
+                if real.is_symlink():
+                    raise StoreError(f"{self.url}: {key} is a circle of symbolic links at {name}")
+                if not real.is_relative_to(self.root.resolve()):
                     raise StoreError(f"{self.url}: {key} leads out of the store through the symbolic link {name}")
                 break
         return path
 
     def get(self, key: str, limit: int | None = None) -> bytes:
         """See `Storage`."""
-        with self._reading(key), self.path(key).open("rb", buffering=0) as f:
-            size = os.fstat(f.fileno()).st_size
+        with self._reading(key) as (fd, size):
             if limit is not None and size > limit:
                 raise too_large(self.url, key, limit)
-            return _pread(f.fileno(), 0, size)
+            return _pread(fd, 0, size)
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         """See `Storage`."""
-        with self._reading(key), self.path(key).open("rb", buffering=0) as f:
-            data = _pread(f.fileno(), offset, min(length, max(os.fstat(f.fileno()).st_size - offset, 0)))
+        with self._reading(key) as (fd, size):
+            data = _pread(fd, offset, min(length, max(size - offset, 0)))
         if len(data) != length:
             raise too_short(self.url, key, offset, length, len(data))
         return data
 
     @contextlib.contextmanager
-    def _reading(self, key: str) -> Generator[None]:
+    def _reading(self, key: str) -> Generator[tuple[int, int]]:
+        """File descriptor and size of an object."""
         try:
-            yield
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
+        except (FileNotFoundError, NotADirectoryError) as e:
             raise missing(self.url, key) from e
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISDIR(found.st_mode):
+                raise missing(self.url, key)
+            if not stat.S_ISREG(found.st_mode):
+                raise StoreError(f"{self.url}: {key} is no regular file")
+            yield fd, found.st_size
+        finally:
+            os.close(fd)
 
     @contextlib.contextmanager
     def _partial(self, key: str, data: Buffers) -> Generator[tuple[Path, Path]]:
@@ -149,7 +162,7 @@ class LocalStorage:
             found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if path.is_dir():
+        if not stat.S_ISREG(found.st_mode):
             return None
         version = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
         return Stat(size=found.st_size, version=version, modified=found.st_mtime_ns / 1e9)

@@ -94,7 +94,7 @@ def _manifest(storage: Storage, spec: StoreSpec) -> tuple[manifest.Index | None,
         index = manifest.read_manifest(storage)
     except ActstoreError as e:
         return None, [Damage(key=key, problem=str(e))]
-    if index is not None and replace(index.spec, rows=spec.rows) != spec:
+    if index is not None and not manifest.agrees(index, spec):
         return None, [Damage(key=key, problem=f"describes another store than {GROUP_KEY}")]
     return index, []
 
@@ -131,8 +131,11 @@ def _disagreements(
     if len(of_manifest) < len(known.buckets):
         return  # the missing records are named already
     again = manifest.index_of(replace(spec, rows=known.spec.rows), of_manifest)
-    if manifest.to_parquet(again) != manifest.to_parquet(known):
-        yield Damage(key=manifest.MANIFEST_KEY, problem="does not agree with the commit records")
+    try:
+        if manifest.to_parquet(again) != manifest.to_parquet(known):
+            yield Damage(key=manifest.MANIFEST_KEY, problem="does not agree with the commit records")
+    except ActstoreError as e:
+        yield Damage(key=manifest.MANIFEST_KEY, problem=str(e))
 
 
 def _calibrations(storage: Storage, spec: StoreSpec, records: dict[int, record.CommitRecord]) -> Iterator[Damage]:
