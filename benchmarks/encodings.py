@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from actstore.bench import machine
-from actstore.console import print_table
+from actstore.console import figure, print_table
 from actstore.store import Store, open_store
 from actstore.store.copy import copy
 from actstore.store.values import FLOATS, BucketRows, Values
@@ -77,11 +77,23 @@ def main() -> None:
         store = open_store(source)
         with tempfile.TemporaryDirectory() as scratch:
             found = [measure(source, form, f"{scratch}/{i}") for i, form in enumerate(FORMS)]
-        site, spec = next(iter(store.sites.items()))
-        about = {"name": Path(source).name, "site": site, "d": spec.d, "rows": store.rows}
+        sites = ", ".join(f"{name} (d = {s.d})" for name, s in store.sites.items())
+        about = {"name": Path(source).name, "sites": sites, "rows": store.rows}
         record["stores"].append({**about, "provenance": store.provenance, "forms": found})
         print_table(str(about), [tuple(f.values()) for f in found], header=tuple(found[0]))
     (HERE / "encodings.json").write_text(json.dumps(record, indent=1) + "\n")
+    (HERE / "encodings.md").write_text(page(record))
+
+
+def page(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    lines = ["# Encodings", "", f"Made by `{record['command']}`; do not edit."]
+    for store in record["stores"]:
+        header = tuple(store["forms"][0])
+        lines += ["", f"{store['name']}: {store['sites']}, {figure(store['rows'])} rows", ""]
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(figure(v) for v in form.values()) + " |" for form in store["forms"]]
+    return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in record["machine"].items()), ""])
 
 
 if __name__ == "__main__":
