@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -35,6 +36,7 @@ import actstore
 from actstore.errors import ActstoreError, IntegrityError, StoreError
 from actstore.store import SiteSpec, StoreSpec, codec, create_store, open_storage, open_store
 from actstore.store.manifest import MANIFEST_KEY
+from actstore.store.parquet_pages import page_sizes
 from actstore.store.record import commit_key
 from actstore.store.shard import footer
 from actstore.store.spec import ATTRIBUTE, GROUP_KEY, SEAL, UNSEALED, calibration_key, load_sealed, seal
@@ -450,6 +452,20 @@ def flip_manifest(root: str, count: int) -> Callable[[], dict[str, int]]:
 @pytest.mark.parametrize("count", [150, pytest.param(4000, marks=slow)])
 def test_no_manifest_crashes_the_parser(tmp_path: Path, count: int) -> None:
     print(in_child(f"flip_manifest({str(build(tmp_path / 's', 'planes'))!r}, {count})", 1000))
+
+
+@pytest.mark.xfail(strict=True, reason="items of one fixed size are taken from beyond the end of the file")
+@pytest.mark.parametrize("kind", [1, 3, 7])
+def test_a_footer_cannot_hold_a_list_longer_than_itself(kind: int) -> None:
+    """A list of 2^20 booleans, bytes or doubles, none of which is there; with 2^60 the difference is a hang."""
+    footer = bytes([0x19, 0xF0 | kind]) + b"\x80\x80\x40"
+    tracemalloc.start()
+    try:
+        with pytest.raises((ValueError, IndexError)):
+            page_sizes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def blosc_chunks(count: int) -> Callable[[], dict[str, int]]:

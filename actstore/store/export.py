@@ -2,15 +2,17 @@
 
 Rows come in row order, so the shuffle inside buckets is undone, with the columns `row`, `sequence`, `position` and
 `token_id`. Each chunk that holds a wanted row is read once, and its rows are scattered to their places in a
-memory-mapped file, whose pages the system writes out when it likes: memory stays at a few chunks and 50 bytes per row
-of one bucket (and of the sample), whatever the size of the export. Parquet, which is written front to back, goes
-through a scratch file of one bucket beside it.
+memory-mapped file, whose pages the system writes out when it likes. Memory stays at a few chunks, 50 bytes per row of
+one bucket (and of the sample), and at most the pages of one bucket, whatever the size of the export. Parquet, which is
+written front to back, goes through a scratch file of one bucket beside it.
 
 bf16 sites are BF16 in safetensors and float32, which is exact, in the others; f32 and `fixed` sites are float32. The
-output appears under its name when it is complete.
+output appears under its name when it is complete; a failed export leaves nothing, a killed one a `.partial` that the
+next one replaces.
 """
 
 import json
+import mmap
 import os
 import tempfile
 import time
@@ -35,6 +37,7 @@ from actstore.store.values import Values
 Format = Literal["safetensors", "npy", "parquet"]
 FORMATS: tuple[Format, ...] = ("safetensors", "npy", "parquet")
 ROW = "row"
+_ABOUT = "about.json"
 _BLOCK_BYTES = 1 << 26
 """Of a parquet row group, before compression."""
 _SAFETENSORS_DTYPES = {"<i8": "I64", "<i4": "I32", "<f4": "F32", "<u2": "BF16"}
@@ -88,9 +91,14 @@ def export(
         raise StoreError(f"{out} exists already; delete it or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
-    _WRITERS[chosen](_Export(store, names, wanted, chosen, progress or Progress()), partial)
-    size = sum(p.stat().st_size for p in (partial.iterdir() if partial.is_dir() else [partial]))
-    partial.rename(out)
+    _clear(partial, store)
+    try:
+        _WRITERS[chosen](_Export(store, names, wanted, chosen, progress or Progress()), partial)
+        size = sum(p.stat().st_size for p in (partial.iterdir() if partial.is_dir() else [partial]))
+        partial.rename(out)
+    except BaseException:  # KeyboardInterrupt too
+        _clear(partial, store)
+        raise
     return ExportSummary(
         format=chosen,
         rows=wanted.count,
@@ -114,6 +122,19 @@ def _format_of(out: Path) -> Format:
         if out.suffix == f".{known}":
             return known
     raise ValueError(f"{out} does not say the format; end it in .safetensors or .parquet, or give --format")
+
+
+def _clear(partial: Path, store: Store) -> None:
+    """Delete what an interrupted export of this store left."""
+    if partial.is_symlink() or not partial.is_dir():
+        partial.unlink(missing_ok=True)
+        return
+    known = {f"{name}.npy" for name in (ROW, *store.index.arrays)} | {_ABOUT}
+    if foreign := {p.name for p in partial.iterdir()} - known:
+        raise StoreError(f"{partial} holds {min(foreign)}, which is not of this store; delete it or choose another out")
+    for p in partial.iterdir():
+        p.unlink()
+    partial.rmdir()
 
 
 class _Wanted(Protocol):
@@ -224,18 +245,20 @@ class _Export:
             for done in pool.map(lambda job: scatter(*job), jobs):
                 self.step.advance(done)
 
-    def fill_all(self, out: dict[str, NDArray[Any]]) -> None:
-        """Put every wanted row into the columns of `out`."""
+    def fill_all(self, out: dict[str, NDArray[Any]], maps: list[mmap.mmap]) -> None:
+        """Put every wanted row into the columns of `out`, which lie in `maps`."""
         at = 0
         for place, rows in self.wanted.parts():
             self.fill(place, rows, {name: column[at : at + len(rows)] for name, column in out.items()})
             at += len(rows)
+            for m in maps:
+                m.madvise(mmap.MADV_DONTNEED)  # the file keeps its pages, this process lets go of them
 
 
-def _mapped(file: Any, offset: int, size: int) -> NDArray[np.uint8]:
-    """Bytes of a file that is open for reading and writing, with room on the disk for all of them."""
-    os.posix_fallocate(file.fileno(), 0, offset + size)  # a full disk is an error here, and a crash in a mapping
-    return np.memmap(file, np.uint8, "r+", offset, (size,))
+def _mapped(file: Any, size: int) -> mmap.mmap:
+    """A file that is open for reading and writing, made `size` bytes long, with room on the disk for all of them."""
+    os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash in a mapping
+    return mmap.mmap(file.fileno(), size)
 
 
 def _safetensors(export: _Export, partial: Path) -> None:
@@ -254,30 +277,30 @@ def _safetensors(export: _Export, partial: Path) -> None:
     with partial.open("w+b") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         f.flush()
-        data = _mapped(f, 8 + len(text), end)
+        mapped = _mapped(f, 8 + len(text) + end)
+        data = np.frombuffer(mapped, np.uint8, offset=8 + len(text))
         out: dict[str, NDArray[Any]] = {}
         for name, start, stop in layout:
             dtype, shape = export.columns[name]
             out[name] = data[start:stop].view(dtype).reshape(-1, *shape)
-        export.fill_all(out)
+        export.fill_all(out, [mapped])
 
 
 def _npy(export: _Export, partial: Path) -> None:
     """A directory with one array per column."""
-    partial.mkdir(exist_ok=True)
-    known = {f"{name}.npy" for name in export.columns} | {"about.json"}
-    if foreign := {p.name for p in partial.iterdir()} - known:
-        raise StoreError(f"{partial} holds {min(foreign)}, which is not of this export; delete it")
+    partial.mkdir()
     out: dict[str, NDArray[Any]] = {}
+    maps: list[mmap.mmap] = []
     for name, (dtype, shape) in export.columns.items():
         full = (export.wanted.count, *shape)
         with (partial / f"{name}.npy").open("w+b") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": dtype.str, "fortran_order": False, "shape": full})
             f.flush()
-            size = export.wanted.count * dtype.itemsize * int(np.prod(shape))
-            out[name] = _mapped(f, f.tell(), size).view(dtype).reshape(full)
-    export.fill_all(out)
-    (partial / "about.json").write_text(json.dumps(export.about(), indent=1) + "\n")
+            start, size = f.tell(), export.wanted.count * dtype.itemsize * int(np.prod(shape))
+            maps.append(_mapped(f, start + size))
+            out[name] = np.frombuffer(maps[-1], dtype, offset=start).reshape(full)
+    export.fill_all(out, maps)
+    (partial / _ABOUT).write_text(json.dumps(export.about(), indent=1) + "\n")
 
 
 def _parquet(export: _Export, partial: Path) -> None:
@@ -292,7 +315,7 @@ def _parquet(export: _Export, partial: Path) -> None:
     with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for place, rows in export.wanted.parts():
             with tempfile.TemporaryFile(dir=partial.parent) as scratch:
-                data = _mapped(scratch, 0, len(rows) * export.row_bytes)
+                data = np.frombuffer(_mapped(scratch, len(rows) * export.row_bytes), np.uint8)
                 out: dict[str, NDArray[Any]] = {}
                 at = 0
                 for name, (dtype, shape) in export.columns.items():

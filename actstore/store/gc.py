@@ -9,8 +9,9 @@ compare-and-swap against the intent whose age it judged. From then on the earlie
 is. gc's intent stays; the next attempt takes it over in turn. That attempt may come at any moment, so a leftover is not
 deleted, which no object store does conditionally and which could hit the new attempt's shard: it is replaced, by
 compare-and-swap, by an empty shard of a few hundred bytes, which zarr reads as zeros and the next attempt writes over.
-Shards beyond the rows belong to no bucket, so they and partial files are deleted. Ages compare this machine's clock
-with the times that the storage states.
+Shards beyond the rows belong to no bucket, so they and partial files are deleted; partial files never within ten
+minutes of their last byte, because their writer may live. Ages compare this machine's clock with the times that the
+storage states.
 """
 
 import math
@@ -31,6 +32,7 @@ from actstore.store.storage import LocalStorage, Stat, Storage, open_storage
 
 PARTIAL_NAME = re.compile(r".+\.[0-9a-f]{16}\.partial")
 """What `LocalStorage` calls its partial files; no other file is deleted."""
+_PARTIAL_SECONDS = 600
 _WORKERS = 16
 
 
@@ -217,7 +219,7 @@ def _partials(storage: LocalStorage, report: Report, before: float) -> None:
             continue
         if not PARTIAL_NAME.fullmatch(path.name):
             report.unknown[key] = found.st_size
-        elif found.st_mtime <= before:
+        elif found.st_mtime <= min(before, time.time() - _PARTIAL_SECONDS):
             report.garbage.append(Garbage(key=key, size=found.st_size, why="a write that was never finished"))
             if report.deleted:
                 path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import fsspec
 from actstore.errors import StoreError
 from actstore.store.storage_base import Buffers, Stat, Storage, check_key
 from actstore.store.storage_local import PARTIAL, LocalStorage
-from actstore.store.storage_remote import RemoteStorage
+from actstore.store.storage_remote import RemoteStorage, plain, without_secrets
 
 __all__ = [
     "PARTIAL",
@@ -58,6 +58,8 @@ def open_storage(url: str | os.PathLike[str], *, engine: Engine | None = None) -
         driver = FsspecDriver(text)
     except ImportError as e:
         raise StoreError(f"{scheme}:// needs another package: {e}") from e
+    except Exception as e:  # whatever the driver raises when it connects
+        raise StoreError(f"{without_secrets(text)}: can't connect: {plain(e)}") from e
     return RemoteStorage(text, driver.root, lambda: FsspecDriver(text))
 
 

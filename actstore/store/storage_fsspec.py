@@ -25,7 +25,15 @@ from awscrt.checksums import crc32c
 
 from actstore.errors import IntegrityError, StoreError
 from actstore.store.storage_base import Buffers, Stat, join
-from actstore.store.storage_remote import RefusedError, TransientError, connecting, longest, plain, silence
+from actstore.store.storage_remote import (
+    RefusedError,
+    TransientError,
+    UnreachableError,
+    connecting,
+    longest,
+    plain,
+    silence,
+)
 
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP statuses that are worth another try."""
@@ -34,8 +42,14 @@ _CONNECTIONS = 64
 
 
 def passing(error: Exception) -> bool:
-    """Whether a connection broke, stalled or was refused."""
+    """Whether a connection broke, stalled or was refused, or the answer says that it may pass."""
+    if isinstance(error, aiohttp.ClientResponseError) and error.status >= 400:
+        return error.status in PASSING
     return isinstance(error, (aiohttp.ClientError, TimeoutError, ConnectionError, json.JSONDecodeError))
+
+
+def _passes(status: int | None, error: Exception) -> TransientError:
+    return UnreachableError(plain(error)) if status is None else TransientError(f"status {status} {plain(error)}")
 
 
 class GcsDriver:
@@ -123,7 +137,7 @@ class GcsDriver:
             return TransientError(plain(error)) if error.retryable else error
         expired = status == 401 and "Invalid Credentials" in str(error)
         if status in PASSING or expired or passing(error) or isinstance(error, RequestException):
-            return TransientError(f"{plain(error)}" if status is None else f"status {status} {plain(error)}")
+            return _passes(status, error)
         return error
 
 
@@ -202,7 +216,7 @@ class S3Driver:
             return RefusedError(plain(error))
         broken = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError)
         if status in S3_PASSING or code in S3_PASSING or passing(error) or isinstance(error, broken):
-            return TransientError(plain(error) if status is None else f"status {status} {plain(error)}")
+            return _passes(status, error)
         if code == "NoSuchBucket":
             return StoreError(f"s3://{self._bucket}: there is no such bucket")
         return FileNotFoundError(plain(error)) if status == 404 else error

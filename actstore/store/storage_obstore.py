@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from actstore.errors import StoreError
 from actstore.store.storage_base import Buffers, Stat
 from actstore.store.storage_fsspec import S3_PASSING
-from actstore.store.storage_remote import RefusedError, TransientError, connecting, longest, plain, silence
+from actstore.store.storage_remote import (
+    RefusedError,
+    TransientError,
+    UnreachableError,
+    connecting,
+    longest,
+    plain,
+    silence,
+)
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential
@@ -109,7 +117,8 @@ class ObstoreDriver:
         status = _status(error)
         if isinstance(error, kinds.GenericError):
             passes = status is None or status in S3_PASSING or (code is not None and code[1] in S3_PASSING)
-            return TransientError(plain(error)) if passes else error
+            kind = UnreachableError if status is None and code is None else TransientError
+            return kind(plain(error)) if passes else error
         return error
 
 

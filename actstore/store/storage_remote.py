@@ -2,9 +2,10 @@
 
 A `Driver` makes single requests to one kind of server; `RemoteStorage` makes a `Storage` of it. Retries happen here and
 nowhere else (the clients' own are off): jittered exponential back-off (Amazon's "full jitter") after time-outs,
-broken connections and 408, 429 and 5xx answers, until `ACTSTORE_RETRY_DEADLINE` seconds have passed. A request that
-is silent for `SILENCE` seconds, or takes longer than half the deadline, is a failed try. A request that is under way
-at the deadline is not cut off, so a call ends within one and a half times the deadline.
+broken connections and 408, 429 and 5xx answers, until `ACTSTORE_RETRY_DEADLINE` seconds have passed, or
+`FIRST_CONTACT` if the server has not answered once. A request that is silent for `SILENCE` seconds, or takes longer
+than half the deadline, is a failed try. A request that is under way at the deadline is not cut off, so a call ends
+within one and a half times the deadline.
 """
 
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
 from actstore.errors import StoreError
 from actstore.store.storage_base import (
@@ -34,11 +35,17 @@ DEADLINE = "ACTSTORE_RETRY_DEADLINE"
 DEFAULT_DEADLINE = 120.0
 SILENCE = 30.0
 CONNECT = 10.0
+FIRST_CONTACT = 40.0
+"""Seconds for a server that has not answered once: its address is more likely wrong than it is busy."""
 CHECK = "check the credentials, their permissions and the bucket's name (docs/object-storage.md)"
 
 
 class TransientError(Exception):
     """A request failed in a way that may pass."""
+
+
+class UnreachableError(TransientError):
+    """No answer came."""
 
 
 class RefusedError(Exception):
@@ -84,6 +91,7 @@ class RemoteStorage:
         self._connect = connect
         self._pid = 0
         self._made: Driver | None = None
+        self._answered = False
         deadline()
         self._driver()
 
@@ -107,20 +115,23 @@ class RemoteStorage:
         retrying = Retrying(
             retry=retry_if_exception_type(TransientError),
             wait=wait_random_exponential(multiplier=0.2, max=10),
-            stop=stop_before_delay(deadline()),
+            stop=self._enough,
             reraise=True,
         )
 
         def once() -> T:
             try:
-                return call(driver)
+                made = call(driver)
             except (TransientError, RefusedError, StoreError):
                 raise
             except Exception as e:
                 found = driver.explain(e)
+                self._answered |= not isinstance(found, UnreachableError)
                 if found is e:
                     raise
                 raise found from e
+            self._answered = True
+            return made
 
         try:
             return retrying(once)
@@ -128,12 +139,22 @@ class RemoteStorage:
             raise
         except TransientError as e:
             tries = retrying.statistics.get("attempt_number", 1)
+            silent = self._patience() < deadline()
+            why = f"the server is unreachable or overloaded. {DEADLINE} (seconds) allows more time"
+            why = "it has not answered once; check its address, the network and whether it runs" if silent else why
             raise StoreError(
-                f"{self._where}: could not {doing}: {tries} tries within {deadline():g} s, the last one: "
-                f"{plain(e)}; the server is unreachable or overloaded. {DEADLINE} (seconds) allows more time"
+                f"{self._where}: could not {doing}: {tries} tries within {self._patience():g} s, the last one: "
+                f"{plain(e)}; {why}"
             ) from e
         except Exception as e:
             raise StoreError(f"{self._where}: could not {doing}: {plain(e)}; {CHECK}") from e
+
+    def _patience(self) -> float:
+        """Seconds until a failing request is not tried again."""
+        return deadline() if self._answered else min(deadline(), FIRST_CONTACT)
+
+    def _enough(self, state: RetryCallState) -> bool:
+        return stop_before_delay(self._patience())(state)
 
     def _write(self, key: str, data: Buffers, *, create: bool = False, version: str | None = None) -> None:
         name = self._name(key)
@@ -287,5 +308,6 @@ def plain(error: BaseException) -> str:
     text = " ".join(str(error).partition("Debug source")[0].split()) or type(error).__name__
     if said := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text):
         text = f"{text.partition('<')[0]}{said[1]}, {said[2]}"
+    text = text.rstrip(" :")
     text = re.sub(r"\?[^\s\"')>,]+", "", re.sub(r"//[^\s/@]+@", "//", text))
     return text if len(text) < 400 else text[:400] + "..."
