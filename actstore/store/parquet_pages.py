@@ -74,6 +74,8 @@ def _thrift(data: bytes, at: int) -> tuple[dict[int, Any], int]:
             return found
         size = {3: 1, 7: 8}.get(kind) or number()
         at += size
+        if at > len(data):
+            raise IndexError("its metadata ends early")
         return data[at - size : at]
 
     fields: dict[int, Any] = {}
