@@ -38,7 +38,6 @@ def test_figures(demo: Path) -> None:
     assert figures["dead_fraction"] <= 0.2
     assert figures["rows"] == 1 << 20
     assert figures["ratio"] > 1.4
-    assert figures["seconds"] < 240
 
 
 def test_bytes_stored_counts_every_data_object(demo: Path) -> None:

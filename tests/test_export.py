@@ -275,6 +275,76 @@ def test_exports_from_every_backend(backend_url: str, tmp_path: Path) -> None:
         assert_same(load(tmp_path / str(i), chosen), expected(known, np.arange(200, 900)))
 
 
+@pytest.mark.parametrize("chosen", FORMATS)
+def test_what_a_killed_export_left_is_replaced(stored: Known, tmp_path: Path, chosen: Format) -> None:
+    """Of whatever format it was; but nothing of the user's is deleted."""
+    for i, there in enumerate(FORMATS):
+        out = tmp_path / f"o{i}"
+        export(stored.url, out, rows=(0, 900), format=there)
+        out.rename(f"{out}.partial")
+        export(stored.url, out, rows=(3, 70), format=chosen)
+        assert_same(load(out, chosen), expected(stored, np.arange(3, 70)))
+        assert not Path(f"{out}.partial").exists()
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "row.npy").touch()
+    (tmp_path / "mine.partial" / "thesis.txt").touch()
+    with pytest.raises(StoreError, match=r"holds thesis\.txt, which is not of this store"):
+        export(stored.url, tmp_path / "mine", format=chosen)
+    assert len(list((tmp_path / "mine.partial").iterdir())) == 2
+    (tmp_path / "link.partial").symlink_to(tmp_path / "o0.partial")
+    export(stored.url, tmp_path / "link", rows=(0, 9), format=chosen)
+    assert not (tmp_path / "link.partial").is_symlink()
+
+
+@pytest.mark.parametrize("chosen", FORMATS)
+@pytest.mark.parametrize("limited", [False, True], ids=["disk", "file-size"])
+def test_a_full_disk_is_one_line(stored: Known, tmp_path: Path, chosen: Format, limited: bool) -> None:
+    """A file system of 64 KiB where the system allows that, and a limit on the size of files."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(mount)]
+    if not limited and subprocess.run(mounted, check=False, capture_output=True).returncode:
+        pytest.skip("not allowed to mount")
+    program = "import resource, signal, sys; from actstore.cli import main; "
+    if limited:
+        program += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        program += "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    args = ["actstore", "export", stored.url, "--out", str(mount / "o"), "--format", chosen]
+    program += f"sys.argv = {args!r}; main()"
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+        left = list(mount.iterdir())
+    finally:
+        subprocess.run(["umount", mount], check=False, capture_output=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert ("File too large" if limited else "no space left on the device") in last
+    assert left == []
+
+
+def test_the_command(stored: Known, tmp_path: Path) -> None:
+    out, figures = tmp_path / "o.parquet", tmp_path / "e.json"
+    done = run("export", stored.url, "--out", str(out), "--sites", "mlp_out.3, resid_post.3", "--rows", "5:700",
+               "--json", str(figures))  # fmt: skip
+    assert_same(load(out, "parquet"), expected(stored, np.arange(5, 700)))
+    said = json.loads(figures.read_text())
+    assert (said["rows"], said["format"], said["bytes"]) == (695, "parquet", out.stat().st_size)
+    assert "695" in done.stdout
+    drawn = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    for path in drawn:
+        run("export", stored.url, "--out", str(path), "--sample", "50", "--seed", "3")
+    assert np.array_equal(*(np.load(path / "row.npy") for path in drawn))
+    for more, code, words in (
+        (["--out", str(out)], 1, "exists already"),
+        (["--out", str(tmp_path / "o.txt")], 2, "does not say the format"),
+        (["--out", str(tmp_path / "x.npy"), "--rows", "5"], 2, "expected START:STOP"),
+        (["--out", str(tmp_path / "x.npy"), "--sites", "nope"], 2, "it has mlp_out.3, resid_post.3"),
+    ):
+        assert words in run("export", stored.url, *more, code=code).stderr
+
+
 _MEASURE = """
 import sys, threading
 from pathlib import Path
@@ -333,6 +403,9 @@ def test_a_small_export_of_a_large_store_needs_little(large: str, tmp_path: Path
     assert peaks(large, tmp_path / "o", (100, 1000), chosen)[0] < 180
 
 
-def test_a_large_export_is_written_out_not_held(large: str, tmp_path: Path) -> None:
-    """The pages of the output are the system's to write; what is held does not grow with them."""
-    assert peaks(large, tmp_path / "o", (0, 1 << 17), "safetensors")[1] < 60
+@pytest.mark.parametrize("chosen", FORMATS)
+def test_a_large_export_is_written_out_not_held(large: str, tmp_path: Path, chosen: Format) -> None:
+    """All of 268 MB (537 as float32): the pages of one bucket of 34 (67) MB, a few chunks, parquet's row groups."""
+    every, anonymous = peaks(large, tmp_path / "o", (0, 1 << 17), chosen)
+    assert every < (300 if chosen == "parquet" else 200)
+    assert anonymous < (180 if chosen == "parquet" else 60)

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -302,24 +303,27 @@ def test_an_attempt_that_gc_overtakes(
 
 
 @pytest.mark.parametrize(
-    ("method", "key", "kept"),
+    ("method", "key"),
     [
-        ("get", "commits/", 0),
-        ("stat", "commits/", 1),
-        ("replace", "commits/", 1),
-        ("stat", "/c/", 1),
-        ("replace", "/c/", 1),
+        ("stat", "commits/"),
+        ("replace", "commits/"),
+        ("stat", "/c/"),
+        ("replace", "/c/"),
     ],
-    ids=["before-listing", "before-judging", "before-taking-over", "before-looking", "before-emptying"],
+    ids=["before-judging", "before-taking-over", "before-looking", "before-emptying"],
 )
 def test_an_attempt_that_overtakes_gc(
-    backend_url: str, undisturbed: str, monkeypatch: pytest.MonkeyPatch, method: str, key: str, kept: int
+    backend_url: str, undisturbed: str, monkeypatch: pytest.MonkeyPatch, method: str, key: str
 ) -> None:
-    """gc sleeps anywhere while another attempt commits the bucket: not a byte of it changes afterwards."""
+    """gc sleeps anywhere while another attempt commits the bucket: not a byte of it changes afterwards.
+
+    Its clock is an hour ahead, so that no age limit helps.
+    """
     write_known(backend_url, SMALL, buckets=[0, 2])
     die_in(backend_url, 1)
     storage = open_storage(backend_url)
     monkeypatch.setattr(gc, "open_storage", lambda url: storage)
+    monkeypatch.setattr(gc, "time", SimpleNamespace(time=lambda: time.time() + 3600))
     gate = Gate(storage, method, key)
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(collect, backend_url, older_than=0, delete=True)
@@ -330,7 +334,7 @@ def test_an_attempt_that_overtakes_gc(
         report = late.result(60)
     assert contents(backend_url) == before
     assert not report.garbage
-    assert len(report.kept) == kept
+    assert len(report.kept) == 1
     whole(backend_url, SMALL, undisturbed)
 
 
@@ -344,7 +348,7 @@ def test_many_at_once(backend_url: str, undisturbed: str) -> None:
             fill(open_writer(backend_url, threads=1), bucket, VALUES)
 
     def free(_: int) -> None:
-        for _ in range(4):
+        for _ in range(3):
             collect(backend_url, older_than=0, delete=True)
 
     with ThreadPoolExecutor(4) as pool:

@@ -18,6 +18,7 @@ from faults import KINDS, Fault, FaultyProxy
 from servers import BUCKET, Server
 
 from actstore.errors import MissingError, StoreError
+from actstore.store import storage_remote
 from actstore.store.storage import LocalStorage, Storage, check_conditional_writes, open_storage
 from actstore.store.storage_remote import plain, without_secrets
 
@@ -408,6 +409,33 @@ def test_lasting_failure_ends_in_one_line(
         assert len(proxy.requests) >= 2
 
 
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_server_that_never_answered_gets_less_time(
+    kind: str, server: Server, answered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address that nobody listens at is given up on sooner than a server that stopped answering."""
+    monkeypatch.setattr(storage_remote, "FIRST_CONTACT", 0.5)
+    with FaultyProxy(server.url, [None] if answered else [], rate=1.0, kinds=["drop"]) as proxy:
+        storage = through(proxy, kind, server.fresh(), monkeypatch, 2)
+        if answered:
+            assert storage.stat("x") is None
+        started = time.monotonic()
+        words = (
+            r"within 2 s, .*RETRY_DEADLINE" if answered else r"within 0\.5 s, .*not answered once; check its address"
+        )
+        with pytest.raises(StoreError, match=words):
+            storage.get("x")
+        assert answered or time.monotonic() - started < 1.5
+
+
+def test_http_is_refused_at_once(s3_server: Server) -> None:
+    """A server of any other kind: an answer that will not change is no reason to wait."""
+    with FaultyProxy(s3_server.url) as proxy:
+        with pytest.raises(StoreError, match=r"could not read x: 403.*check the credentials"):
+            open_storage(f"{proxy.url}/{BUCKET}/run").get("x")
+        assert len(proxy.requests) == 1
+
+
 @pytest.mark.parametrize("answer", [403, 401, 400, 404, 501])
 def test_what_will_not_pass_is_not_tried_again(
     kind: str, server: Server, answer: int, monkeypatch: pytest.MonkeyPatch
@@ -575,6 +603,7 @@ def test_messages_hold_no_secrets() -> None:
     error = OSError("GET http://me:secret@host/x?X-Amz-Signature=secret\nfailed\n\nDebug source:\nsecret")
     assert plain(error) == "GET http://host/x failed"
     assert plain(TimeoutError()) == "TimeoutError"
+    assert plain(OSError("status code: 403 Forbidden: ")) == "status code: 403 Forbidden"
 
 
 @pytest.mark.parametrize("seconds", ["soon", "0", "-1", "nan", "inf"])

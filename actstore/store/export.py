@@ -38,7 +38,7 @@ Format = Literal["safetensors", "npy", "parquet"]
 FORMATS: tuple[Format, ...] = ("safetensors", "npy", "parquet")
 ROW = "row"
 _ABOUT = "about.json"
-_BLOCK_BYTES = 1 << 26
+_BLOCK_BYTES = 1 << 25
 """Of a parquet row group, before compression."""
 _SAFETENSORS_DTYPES = {"<i8": "I64", "<i4": "I32", "<f4": "F32", "<u2": "BF16"}
 _Columns = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
@@ -311,21 +311,27 @@ def _parquet(export: _Export, partial: Path) -> None:
         for name, (dtype, shape) in export.columns.items()
     ]
     schema = pa.schema(fields, metadata=export.about())
-    block = max(1, _BLOCK_BYTES // export.row_bytes)
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=False) as writer:
         for place, rows in export.wanted.parts():
-            with tempfile.TemporaryFile(dir=partial.parent) as scratch:
-                data = np.frombuffer(_mapped(scratch, len(rows) * export.row_bytes), np.uint8)
-                out: dict[str, NDArray[Any]] = {}
-                at = 0
-                for name, (dtype, shape) in export.columns.items():
-                    size = len(rows) * dtype.itemsize * int(np.prod(shape))
-                    out[name] = data[at : at + size].view(dtype).reshape(-1, *shape)
-                    at += size
-                export.fill(place, rows, out)
-                for start in range(0, len(rows), block):
-                    part = {name: column[start : start + block] for name, column in out.items()}
-                    writer.write_table(_table(part, schema))
+            _parquet_bucket(export, place, rows, writer, partial.parent)
+
+
+def _parquet_bucket(
+    export: _Export, place: int, rows: NDArray[np.int64], writer: pq.ParquetWriter, folder: Path
+) -> None:
+    block = max(1, _BLOCK_BYTES // export.row_bytes)
+    with tempfile.TemporaryFile(dir=folder) as scratch:
+        data = np.frombuffer(_mapped(scratch, len(rows) * export.row_bytes), np.uint8)
+        out: dict[str, NDArray[Any]] = {}
+        at = 0
+        for name, (dtype, shape) in export.columns.items():
+            size = len(rows) * dtype.itemsize * int(np.prod(shape))
+            out[name] = data[at : at + size].view(dtype).reshape(-1, *shape)
+            at += size
+        export.fill(place, rows, out)
+        for start in range(0, len(rows), block):
+            part = {name: column[start : start + block] for name, column in out.items()}
+            writer.write_table(_table(part, writer.schema))
 
 
 def _table(columns: dict[str, NDArray[Any]], schema: pa.Schema) -> pa.Table:
