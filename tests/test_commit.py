@@ -176,6 +176,18 @@ def test_rows_can_be_fixed_later(backend_url: str, undisturbed: str) -> None:
     whole(backend_url, SMALL, undisturbed)
 
 
+def test_an_intent_beyond_the_final_rows_is_in_nobodys_way(backend_url: str, undisturbed: str) -> None:
+    writer = create_store(backend_url, replace(SMALL, rows=1 << 40))
+    assert Attempt.begin(writer.storage, writer.spec, 7) is not None  # and dies
+    for bucket in (0, 1):
+        assert fill(writer, bucket, known_values())
+    writer.fix_rows(600)
+    assert fill(writer, 2, known_values())
+    assert open_store(backend_url).rows == 600
+    writer.finalise()
+    whole(backend_url, SMALL, undisturbed)
+
+
 def test_the_manifest_follows_what_is_committed(backend_url: str, undisturbed: str) -> None:
     """Finalised early, by two at once, and again: always one manifest that agrees with the records."""
     write_known(backend_url, SMALL, buckets=[1])

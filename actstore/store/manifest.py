@@ -168,7 +168,8 @@ def index_of(spec: StoreSpec, records: list[record.CommitRecord]) -> Index:
 
 def listed_buckets(storage: Storage, spec: StoreSpec) -> set[int]:
     """Buckets that have a commit object, committed or intent."""
-    return {record.bucket_of(k, spec) for k in storage.list(record.COMMITS)}
+    found = (record.bucket_of(k, spec) for k in storage.list(record.COMMITS))
+    return {bucket for bucket in found if bucket is not None}
 
 
 def read_records(storage: Storage, spec: StoreSpec, buckets: Iterable[int]) -> list[record.CommitRecord]:
@@ -296,6 +297,7 @@ def from_parquet(data: bytes, where: str) -> Index:
     if not check_seal(data, where):
         raise IntegrityError(f"{where}: has no {SEAL}. Delete it and finalise again; the commit records hold the same")
     with _parsing(where):
+        # never in Arrow's threads: one that lets go of `data` last, while the interpreter ends, aborts the process
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["attempt"])
         about = parse_json((file.metadata.metadata or {})[ATTRIBUTE.encode()])
         calibration, sums = about.pop("calibration"), about.pop("stats")
@@ -324,7 +326,7 @@ def from_parquet(data: bytes, where: str) -> Index:
 
 def _head(file: pq.ParquetFile) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Buckets and attempts; these as a dictionary, because a file can repeat one long string for next to nothing."""
-    head = file.read(columns=["bucket", "attempt"])
+    head = file.read(columns=["bucket", "attempt"], use_threads=False)
     buckets, attempts = (head[c].unify_dictionaries().combine_chunks() for c in ("bucket", "attempt"))
     if buckets.type != pa.int64() or attempts.type != pa.dictionary(pa.int32(), pa.string()):
         raise ValueError(f"bucket and attempt are {buckets.type} and {attempts.type}, expected int64 and string")
@@ -386,7 +388,7 @@ class _Columns(Mapping[str, ArrayIndex]):
 
     def _table(self, column: str, counts: NDArray[np.int64]) -> NDArray[np.uint32]:
         """A column of lists as a table; short buckets end in zeros."""
-        lists = self._file.read(columns=[f"{column}.list.element"])[column].combine_chunks()
+        lists = self._file.read(columns=[f"{column}.list.element"], use_threads=False)[column].combine_chunks()
         if lists.type != pa.list_(pa.uint32()) or lists.null_count:
             raise ValueError(f"column {column} is {lists.type}, expected lists of uint32")
         found = np.diff(lists.offsets.to_numpy())

@@ -33,14 +33,15 @@ def commit_key(bucket: int) -> str:
     return f"{COMMITS}/{bucket:08d}.json"
 
 
-def bucket_of(key: str, spec: StoreSpec) -> int:
-    """The bucket that a commit record's name stands for; `StoreError` for other names."""
+def bucket_of(key: str, spec: StoreSpec) -> int | None:
+    """The bucket that a commit record's name stands for; `StoreError` for other names.
+
+    None beyond the rows, where attempts leave intents that died before an open-ended store got its number of rows.
+    """
     stem = key.removeprefix(f"{COMMITS}/").removesuffix(".json")
     if not (stem.isascii() and stem.isdigit()) or commit_key(int(stem)) != key:
         raise StoreError(f"{key}: not the name of a commit record")
-    if int(stem) >= spec.buckets:
-        raise StoreError(f"{key}: the store has {spec.buckets} buckets")
-    return int(stem)
+    return int(stem) if int(stem) < spec.buckets else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,9 @@ def _records(
     wanted = {record.commit_key(b): b for b in expected}
     for key in storage.list(record.COMMITS):
         try:
-            wanted[key] = record.bucket_of(key, spec)
+            bucket = record.bucket_of(key, spec)
+            if bucket is not None:
+                wanted[key] = bucket
         except ActstoreError as e:
             yield key, -1, e
     with ThreadPoolExecutor(_READERS, thread_name_prefix="actstore-records") as pool:
