@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "bash"]
+    assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "python", "bash", "bash"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for kind, text in blocks:
         program = ["bash", "-euc", text] if kind == "bash" else [sys.executable, "-W", "error", "-c", text]
