@@ -274,7 +274,8 @@ def test_a_worker_with_another_model_is_refused(config, folder, in_process, tmp_
 # -- Ray --------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they start in the background ignore Ctrl-C
 from actstore.capture import CaptureConfig, capture
 from actstore.progress import Progress
 if __name__ == "__main__":
