@@ -24,7 +24,8 @@ from actstore import keyed
 from actstore.capture import CaptureConfig, capture, parse_sites
 from actstore.capture import pool as pool_module
 from actstore.capture import run as run_module
-from actstore.capture.forward import activations, bucket_rows, decoder_of
+from actstore.capture.bucket import bucket_rows
+from actstore.capture.forward import activations, decoder_of
 from actstore.capture.model import load_config, load_model, model_identity
 from actstore.capture.worker import Replica
 from actstore.errors import CaptureError, MismatchError, TokensError
@@ -188,7 +189,7 @@ def test_a_bucket_does_not_depend_on_the_others(folder):
         span = span_of(starts, first, stop)
         here = ids[span.first_sequence : span.stop_sequence]
         place = np.arange(stop - first)
-        options = {"special_ids": table.special_ids, "batch_size": 1, "encoding": "f32"}
+        options = {"rule": table.rule, "batch_size": 1, "encoding": "f32"}
         arrays, found = bucket_rows(model, sites, here, span, place, **options)
         return arrays["resid_post.1"], found
 

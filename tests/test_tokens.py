@@ -20,7 +20,7 @@ from actstore import keyed
 from actstore.errors import IntegrityError, MismatchError, StoreError, TokensError
 from actstore.progress import Progress
 from actstore.store.storage import open_storage
-from actstore.tokens import TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
+from actstore.tokens import RowRule, TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
 from actstore.tokens.pack import pack, special_ids
 from actstore.tokens.tokenizer import Tokenizer, load_tokenizer
 
@@ -78,7 +78,7 @@ def test_packing_reconstructs_the_documents(documents, seq_len, specials, batch)
     for number, document in enumerate(documents):
         assert unpacked(ids, numbers, number) == document
     # The kept positions are exactly the positions that belong to a document.
-    assert np.array_equal(kept(ids, special_ids(*specials)), numbers >= 0)
+    assert np.array_equal(kept(ids, RowRule(ids=special_ids(*specials))), numbers >= 0)
     # Without BOS and trailing padding, the stream is the documents joined with EOS.
     stream = (ids[:, 1:] if bos is not None else ids).reshape(-1).tolist()
     joined = [i for n, d in enumerate(documents) for i in ([eos] if n and eos is not None else []) + d]
@@ -184,7 +184,7 @@ def test_tokenizers_without_some_special_tokens(config, tmp_path, bos, eos, pad)
     table = tokenize(replace(config, tokenizer=str(tmp_path / "t")), QUIET)
     ids, documents = table.ids(0, table.sequences), table.documents(0, table.sequences)
     assert (table.bos_id is None) == (bos is None)
-    assert np.array_equal(kept(ids, table.special_ids), documents >= 0)
+    assert np.array_equal(kept(ids, table.rule), documents >= 0)
     assert row_starts(table)[-1] == table.tokens == (documents >= 0).sum()
 
 

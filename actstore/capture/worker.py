@@ -70,7 +70,7 @@ class Replica:
         """Run the model over a bucket's sequences, store its rows and commit it."""
         with self._forward:
             loaded = self._load()
-            from actstore.capture.forward import bucket_rows
+            from actstore.capture.bucket import bucket_rows
             from actstore.capture.sites import parse_sites
 
             writer, tokens = loaded.writer, loaded.tokens
@@ -86,7 +86,7 @@ class Replica:
                 tokens.ids(span.first_sequence, span.stop_sequence),
                 span,
                 writer.permutation(bucket),
-                special_ids=tokens.special_ids,
+                rule=tokens.rule,
                 batch_size=self.config.batch_size,
                 encoding=next(iter(writer.spec.sites.values())).encoding,
                 advance=advance,

@@ -26,7 +26,7 @@ from actstore.store.storage import Storage, open_storage
 from actstore.tokens import sources as text
 from actstore.tokens.config import TokenizeConfig
 from actstore.tokens.pack import Packed, pack, special_ids
-from actstore.tokens.rows import kept
+from actstore.tokens.rule import RowRule, kept
 from actstore.tokens.table import (
     ARRAYS,
     ATTRIBUTE,
@@ -138,7 +138,7 @@ def _ready(document: text.Document, tokenizer: Tokenizer) -> list[int]:
 
 def _write(storage: Storage, spool: Path, sequences: int, settings: dict[str, Any], progress: Progress) -> None:
     seq_len = settings["seq_len"]
-    specials = special_ids(settings["bos_id"], settings["eos_id"], settings["pad_id"])
+    rule = RowRule(ids=special_ids(settings["bos_id"], settings["eos_id"], settings["pad_id"]))
     packed = {name: np.memmap(spool / name, np.int32, "r", shape=(sequences, seq_len)) for name in ARRAYS}
     order_key = keyed.key(settings["seed"], "sequences")
     rows = max(1, CHUNK_TOKENS // seq_len)
@@ -151,7 +151,7 @@ def _write(storage: Storage, spool: Path, sequences: int, settings: dict[str, An
         for chunk in chunks:
             order = keyed.invert(np.arange(chunk.start, chunk.stop), sequences, order_key)
             ids, documents = packed["ids"][order], packed["document"][order]
-            tokens += int(kept(ids, specials).sum())
+            tokens += int(kept(ids, rule).sum())
             max_id = max(max_id, int(ids.max()))
             yield ids, documents
             step.advance(len(ids))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.tokens.rule import RowRule, kept
 from actstore.tokens.table import TokenTable
 
 _SCAN_TOKENS = 1 << 22
@@ -34,18 +35,13 @@ class Rows:
     token_id: NDArray[np.int32]
 
 
-def kept(ids: NDArray[np.int32], special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Which positions of `ids` are rows; same shape as `ids`."""
-    return ~np.isin(ids, special_ids)
-
-
 def row_starts(table: TokenTable) -> NDArray[np.int64]:
     """First row of each sequence, then the number of rows [sequences + 1]; reads all token ids once."""
     starts = np.zeros(table.sequences + 1, np.int64)
     step = max(1, _SCAN_TOKENS // table.seq_len)
     for first in range(0, table.sequences, step):
         stop = min(first + step, table.sequences)
-        starts[first + 1 : stop + 1] = kept(table.ids(first, stop), table.special_ids).sum(axis=1)
+        starts[first + 1 : stop + 1] = kept(table.ids(first, stop), table.rule).sum(axis=1)
     return np.cumsum(starts, out=starts)
 
 
@@ -58,9 +54,9 @@ def span_of(starts: NDArray[np.int64], first_row: int, stop_row: int) -> Span:
     return Span(first, stop, first_row - int(starts[first]), stop_row - first_row)
 
 
-def rows_in(ids: NDArray[np.int32], special_ids: tuple[int, ...], span: Span) -> Rows:
+def rows_in(ids: NDArray[np.int32], rule: RowRule, span: Span) -> Rows:
     """The rows of a span, given the ids of its sequences [stop_sequence - first_sequence, seq_len]."""
-    sequence, position = np.nonzero(kept(ids, special_ids))
+    sequence, position = np.nonzero(kept(ids, rule))
     chosen = slice(span.skip, span.skip + span.rows)
     sequence, position = sequence[chosen], position[chosen]
     token_id = ids[sequence, position]
@@ -70,4 +66,4 @@ def rows_in(ids: NDArray[np.int32], special_ids: tuple[int, ...], span: Span) ->
 def rows_of(table: TokenTable, starts: NDArray[np.int64], first_row: int, stop_row: int) -> Rows:
     """Sequence, position and token of rows [first_row, stop_row)."""
     span = span_of(starts, first_row, stop_row)
-    return rows_in(table.ids(span.first_sequence, span.stop_sequence), table.special_ids, span)
+    return rows_in(table.ids(span.first_sequence, span.stop_sequence), table.rule, span)

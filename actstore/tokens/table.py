@@ -23,6 +23,7 @@ from zarr.storage import MemoryStore
 from actstore.errors import IntegrityError, StoreError, TokensError
 from actstore.store.storage import LocalStorage, Storage, open_storage
 from actstore.tokens.pack import special_ids
+from actstore.tokens.rule import RowRule
 
 ATTRIBUTE = "actstore_tokens"
 FORMAT_VERSION = 1
@@ -61,8 +62,13 @@ class TokenTable:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """The ids that are never rows."""
+        """BOS, EOS and padding."""
         return special_ids(self.bos_id, self.eos_id, self.pad_id)
+
+    @property
+    def rule(self) -> RowRule:
+        """Which positions are rows."""
+        return RowRule(ids=self.special_ids)
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Token ids of sequences [start, stop): [n, seq_len]."""
