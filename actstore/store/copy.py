@@ -90,7 +90,7 @@ def copy(
     if (moved := moving(storage)) is not None:
         return _finish_move(storage, destination, moved, began, move=move)
     store = open_store(source)
-    if move and not store.complete:
+    if move and not (store.complete and manifest.read_spec(storage) == store.spec):
         raise StoreError(f"{store.url} is unfinished and may still be written; finish it, or copy it without --move")
     writer = _open_destination(destination, _target(store, encoding, codec))
     buckets, done = _Copy(store, writer, progress).run()

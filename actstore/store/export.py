@@ -151,15 +151,17 @@ class _Range:
     """All rows from one to another; made by `_range`."""
 
     def __init__(self, store: Store, start: int, stop: int) -> None:
-        self.count = stop - start
         self._store, self._start, self._stop = store, start, stop
+        self.count = sum(len(rows) for _, rows in self.parts())
 
     def parts(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         size = self._store.spec.bucket_rows
         for bucket in range(self._start // size, -(-self._stop // size)):
             place = self._store.index.place(bucket)
             assert place is not None
-            yield place, np.arange(max(self._start, bucket * size), min(self._stop, (bucket + 1) * size))
+            first, end = self._store.spec.bucket_range(bucket)
+            if max(self._start, first) < min(self._stop, end):
+                yield place, np.arange(max(self._start, first), min(self._stop, end))
 
 
 class _Sample:
@@ -194,10 +196,12 @@ def _range(store: Store, rows: tuple[int, int] | None) -> _Wanted:
 def _sample(store: Store, count: int, seed: int) -> _Wanted:
     if not 0 < count <= store.rows:
         raise ValueError(f"sample is {count}, expected 1 to {store.rows}, the committed rows")
-    # the start of a keyed permutation of the committed rows; only the last of them may be in a short bucket
+    # the start of a keyed permutation of the committed rows
     drawn = np.sort(keyed.permute(np.arange(count), store.rows, keyed.key(seed, "export")))
-    size = store.spec.bucket_rows
-    return _Sample(store, store.index.buckets[drawn // size] * size + drawn % size)
+    ends = np.cumsum(store.spec.bucket_sizes(store.index.buckets))
+    place = np.searchsorted(ends, drawn, side="right")
+    before = np.concatenate([[0], ends])[place]
+    return _Sample(store, store.index.buckets[place] * store.spec.bucket_rows + drawn - before)
 
 
 class _Export:

@@ -27,7 +27,7 @@ from pathlib import Path
 from actstore.errors import MissingError
 from actstore.store import manifest, record
 from actstore.store.shard import footer, index_bytes
-from actstore.store.spec import GROUP_KEY, METADATA_LIMIT, ArraySpec, StoreSpec, arrays, calibration_key
+from actstore.store.spec import EVENTS, GROUP_KEY, METADATA_LIMIT, ArraySpec, StoreSpec, arrays, calibration_key
 from actstore.store.storage import LocalStorage, Stat, Storage, open_storage
 
 PARTIAL_NAME = re.compile(r".+\.[0-9a-f]{16}\.partial")
@@ -80,8 +80,8 @@ class Names:
         return (array, int(number)) if array.shard_key(int(number)) == key else None
 
     def other(self, key: str) -> bool:
-        """Whether the name is that of any other object of a store: metadata, commits, calibrations, tokens."""
-        if key in (GROUP_KEY, manifest.MANIFEST_KEY) or key.startswith("tokens/"):
+        """Whether the name is that of any other object of a store: metadata, commits, calibrations, tokens, logs."""
+        if key in (GROUP_KEY, manifest.MANIFEST_KEY) or key.startswith(("tokens/", f"{EVENTS}/")):
             return True
         if key.startswith(f"{record.COMMITS}/"):
             stem = key.removeprefix(f"{record.COMMITS}/").removesuffix(".json")
@@ -103,7 +103,7 @@ def collect(url: str | Path, *, older_than: float = 24.0, delete: bool = False) 
         raise ValueError(f"older_than is {older_than}, expected a number of hours, 0 or more")
     storage = open_storage(url)
     report = Report(deleted=delete)
-    index = manifest.load(storage)
+    index = manifest.load_current(storage)
     before = time.time() - 3600 * older_than
     committed, names = set(index.buckets.tolist()), Names(index.spec)
     leftovers: dict[int, dict[str, int]] = defaultdict(dict)

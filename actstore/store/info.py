@@ -24,7 +24,7 @@ def describe(store: Store) -> dict[str, Any]:
     spec, open_ended = store.spec, store.spec.rows == OPEN_ENDED
     figures = {
         "rows": store.rows,
-        "planned_rows": None if open_ended else spec.rows,
+        "planned_rows": None if open_ended else spec.planned_rows,
         "complete": store.complete,
         "open_ended": open_ended,
         "buckets": len(store.index.buckets),

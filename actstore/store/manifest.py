@@ -42,6 +42,8 @@ from actstore.store.spec import (
 from actstore.store.storage import Storage
 
 MANIFEST_KEY = "manifest.parquet"
+EXTENSIONS = "extensions"
+"""Field of a store's provenance: what each extension was made of."""
 MANIFEST_LIMIT = 1 << 32
 """Bytes of a manifest that a reader will read; `spec.MAX_INDEX` keeps it below."""
 _READERS = 16
@@ -132,9 +134,16 @@ def read_spec(storage: Storage) -> StoreSpec:
 def load(storage: Storage) -> Index:
     """The index: from the manifest if it covers the store, with the records of other buckets if not."""
     known = read_manifest(storage)
-    if known is not None and known.complete:
-        return known
-    spec = read_spec(storage)
+    return known if known is not None and known.complete else _completed(storage, read_spec(storage), known)
+
+
+def load_current(storage: Storage) -> Index:
+    """The index of the store as its group is now: while a finished store is extended, readers see what it was."""
+    known, spec = read_manifest(storage), read_spec(storage)
+    return known if known is not None and known.complete and known.spec == spec else _completed(storage, spec, known)
+
+
+def _completed(storage: Storage, spec: StoreSpec, known: Index | None) -> Index:
     if known is None:
         return load_records(storage, spec)
     if not agrees(known, spec):
@@ -145,15 +154,18 @@ def load(storage: Storage) -> Index:
     return _together(spec, known, _index(spec, read_records(storage, spec, listed_buckets(storage, spec) - have)))
 
 
-def _bucket_sizes(spec: StoreSpec, buckets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows of these buckets."""
-    return np.minimum(spec.bucket_rows, spec.rows - buckets * spec.bucket_rows)
-
-
 def agrees(known: Index, spec: StoreSpec) -> bool:
-    """Whether a manifest is of the store that the group describes; the planned rows may have been fixed since."""
-    same_rows = (_bucket_sizes(known.spec, known.buckets) == _bucket_sizes(spec, known.buckets)).all()
-    return bool(same_rows) and replace(known.spec, rows=spec.rows) == spec
+    """Whether a manifest is of the store that the group describes, whose rows may have been fixed or extended since."""
+    if len(known.buckets) and known.buckets[-1] >= spec.buckets:
+        return False
+    same_rows = (known.spec.bucket_sizes(known.buckets) == spec.bucket_sizes(known.buckets)).all()
+    return bool(same_rows) and extents_apart(known.spec) == extents_apart(spec)
+
+
+def extents_apart(spec: StoreSpec) -> StoreSpec:
+    """The spec without what may change: how many rows it has, and what it was extended with."""
+    provenance = {k: v for k, v in spec.provenance.items() if k != EXTENSIONS}
+    return replace(spec, rows=1, short_buckets=(), provenance=provenance)
 
 
 def load_records(storage: Storage, spec: StoreSpec) -> Index:
@@ -307,7 +319,7 @@ def from_parquet(data: bytes, where: str) -> Index:
         if not (np.diff(buckets) > 0).all() or not ((buckets >= 0) & (buckets < spec.buckets)).all():
             raise ValueError("bucket numbers are out of order or out of range")
         merged = {s: stats.from_json(sums[s], site.d, f"{where} {s}") for s, site in spec.sites.items()}
-        rows = int(_bucket_sizes(spec, buckets).sum())
+        rows = int(spec.bucket_sizes(buckets).sum())
         if any(s.rows != rows for s in merged.values()):
             raise ValueError(f"statistics are not of the {rows} rows of its buckets")
         return Index(
@@ -360,7 +372,7 @@ class _Columns(Mapping[str, ArrayIndex]):
 
     def __init__(self, file: pq.ParquetFile, spec: StoreSpec, buckets: NDArray[np.int64], where: str) -> None:
         self._file, self._specs, self._where = file, arrays(spec), where
-        self._rows = _bucket_sizes(spec, buckets)
+        self._rows = spec.bucket_sizes(buckets)
         self._width = spec.bucket_rows // spec.chunk_rows
         self._unpacked: dict[str, ArrayIndex] = {}
         self._lock = threading.Lock()

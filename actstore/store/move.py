@@ -15,7 +15,7 @@ from actstore.progress import Progress
 from actstore.store import manifest, record
 from actstore.store.gc import PARTIAL_NAME, Names
 from actstore.store.reader import Store
-from actstore.store.spec import GROUP_KEY, METADATA_LIMIT, SEAL, UNSEALED, StoreSpec, arrays, dump, load_sealed
+from actstore.store.spec import EVENTS, GROUP_KEY, METADATA_LIMIT, SEAL, UNSEALED, StoreSpec, arrays, dump, load_sealed
 from actstore.store.storage import LocalStorage, Storage
 from actstore.store.storage_local import LOCK
 from actstore.store.verify import verify
@@ -62,7 +62,7 @@ def remove(storage: Storage, spec: StoreSpec, fingerprint: str) -> list[str]:
                 pass
     storage.delete(GROUP_KEY)
     if isinstance(storage, LocalStorage):
-        _prune(storage, [*arrays(spec), record.COMMITS, "calibration", "tokens"])
+        _prune(storage, [*arrays(spec), record.COMMITS, "calibration", "tokens", EVENTS])
     return left
 
 

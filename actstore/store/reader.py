@@ -61,10 +61,7 @@ class Store:
     @property
     def rows(self) -> int:
         """Committed rows."""
-        full = len(self.index.buckets) * self.spec.bucket_rows
-        short = self.spec.buckets * self.spec.bucket_rows - self.spec.rows
-        has_last = len(self.index.buckets) > 0 and int(self.index.buckets[-1]) == self.spec.buckets - 1
-        return full - (short if has_last else 0)
+        return int(self.spec.bucket_sizes(self.index.buckets).sum())
 
     @property
     def complete(self) -> bool:
@@ -144,10 +141,15 @@ class Store:
         return codec.merge(decoded, array.codec, dtype).reshape(array.chunk_rows, *array.shape[1:])
 
     def chunk_at(self, name: str, number: int) -> NDArray[Any] | None:
-        """Chunk `number` of the array, counted over all buckets, whole; None if its bucket is not committed."""
+        """Chunk `number` of the array, counted over all buckets, whole; None where nothing is committed."""
         bucket, chunk = divmod(number, self.spec.bucket_rows // self.spec.chunk_rows)
         place = self.index.place(bucket)
-        return None if place is None else self._whole_chunk(name, place, chunk)
+        if place is None:
+            return None
+        first, stop = self.spec.bucket_range(bucket)
+        if chunk * self.spec.chunk_rows >= stop - first:
+            return None
+        return self._whole_chunk(name, place, chunk)
 
     def __getitem__(self, name: str) -> zarr.Array[Any]:
         """A site, or `sequence`, `position`, `token_id`, as a zarr array; a damaged chunk raises `IntegrityError`."""

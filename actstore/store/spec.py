@@ -24,6 +24,8 @@ ATTRIBUTE = "actstore"
 GROUP_KEY = "zarr.json"
 PROVENANCE_ARRAYS = ("sequence", "position", "token_id")
 """Row-aligned int32 arrays beside the sites."""
+EVENTS = "events"
+"""Below it lie the logs of the runs that wrote the store; no reader needs them."""
 
 SEAL = "object_crc32c"
 """Field of sealed JSON objects: crc32c of the object's bytes as they are with UNSEALED in its place."""
@@ -44,7 +46,7 @@ RAW_DTYPES: dict[Kind, tuple[np.dtype[Any], ...]] = {"bf16": (BITS,), "f32": (FL
 """What the writer takes for each encoding: bf16 travels as its bits, `fixed` is made from either."""
 
 _SITE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[0-9]+)?")
-_RESERVED = (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest", "calibration", "zarr")
+_RESERVED = (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest", "calibration", "zarr", EVENTS)
 MAX_D = 1 << 20
 MAX_BUCKET_ROWS = 1 << 31
 MAX_ROWS = 1 << 56
@@ -62,6 +64,8 @@ MAX_VALUES = 1 << 22
 """Of a JSON object: what bounds the memory of a parsed one, which takes 20 to 50 times its bytes."""
 MAX_DEPTH = 64
 """Of lists and objects in a JSON object: what bounds recursion."""
+MAX_EXTENSIONS = 1 << 10
+"""Of a store: what bounds the list of its short buckets."""
 MAX_NAME = 128
 """Characters of a site's name, which file systems must be able to hold."""
 
@@ -112,7 +116,7 @@ class StoreSpec:
     sites: dict[str, SiteSpec]
     """Arrays by site name."""
     rows: int
-    """Planned rows; the store is complete when all of them are committed."""
+    """Length of the arrays: planned rows, and the gaps behind short buckets."""
     bucket_rows: int = 1 << 20
     """Rows of a bucket: shuffle scope and unit of commit."""
     shard_rows: int = 1 << 14
@@ -125,6 +129,8 @@ class StoreSpec:
     """Chunk codec; see `actstore.store.codec`."""
     provenance: dict[str, Any] = field(default_factory=dict[str, Any])
     """Where the rows come from: model, tokens, versions; JSON values only."""
+    short_buckets: tuple[tuple[int, int], ...] = ()
+    """Bucket and its rows, ascending: where the store ended when it was extended. The last bucket needs no entry."""
 
     def __post_init__(self) -> None:
         """Check every number (`ValueError` names the field) and sort the sites, whose order says nothing."""
@@ -141,7 +147,19 @@ class StoreSpec:
         if not 0 <= bucket < self.buckets:
             raise ValueError(f"bucket {bucket} does not exist: the store has {self.buckets}")
         first = bucket * self.bucket_rows
-        return first, min(first + self.bucket_rows, self.rows)
+        return first, first + int(self.bucket_sizes(np.array([bucket]))[0])
+
+    def bucket_sizes(self, buckets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of each of these buckets; all of them exist."""
+        sizes = np.minimum(self.bucket_rows, self.rows - buckets * self.bucket_rows)
+        for bucket, rows in self.short_buckets:
+            sizes[buckets == bucket] = rows
+        return sizes
+
+    @property
+    def planned_rows(self) -> int:
+        """Rows of the finished store: what is planned without the gaps behind short buckets."""
+        return self.rows - sum(self.bucket_rows - rows for _, rows in self.short_buckets)
 
     def permutation(self, bucket: int) -> NDArray[np.int64]:
         """Stored place, within the bucket, of each of its rows [rows of the bucket]."""
@@ -150,7 +168,14 @@ class StoreSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The group's `actstore` attribute."""
-        return {"format_version": FORMAT_VERSION, SEAL: UNSEALED, **asdict(self)}
+        fields = asdict(self)
+        short = fields.pop("short_buckets")
+        return {
+            "format_version": FORMAT_VERSION,
+            SEAL: UNSEALED,
+            **fields,
+            **({"short_buckets": short} if short else {}),
+        }
 
 
 def _check_fields(spec: StoreSpec) -> None:
@@ -174,6 +199,13 @@ def _check_fields(spec: StoreSpec) -> None:
         raise ValueError(
             f"a bucket has too many chunks of {len(spec.sites)} sites for one commit record; "
             "lower bucket_rows or raise chunk_rows"
+        )
+    numbers = [b for b, _ in spec.short_buckets]
+    if numbers != sorted(set(numbers)) or not all(
+        0 <= b < spec.buckets - 1 and 0 < rows < spec.bucket_rows for b, rows in spec.short_buckets
+    ):
+        raise ValueError(
+            f"short_buckets is {str(spec.short_buckets)[:60]}, expected buckets before the last, ascending"
         )
     if spec.codec not in codecs.CODECS:
         raise ValueError(f"codec is {spec.codec!r}, expected one of {', '.join(codecs.CODECS)}")
@@ -205,16 +237,25 @@ def spec_from_json(data: Any, where: str) -> StoreSpec:
             f"{where}: format version is {version!r}, this actstore reads {FORMAT_VERSION}; update actstore"
         )
     fields = {k: v for k, v in data.items() if k not in ("format_version", SEAL)}
-    expected = set(StoreSpec.__dataclass_fields__)
-    if set(fields) != expected:
+    expected = set(StoreSpec.__dataclass_fields__) - {"short_buckets"}
+    if set(fields) - {"short_buckets"} != expected:
         raise StoreError(f"{where}: fields are {sorted(fields)}, expected {sorted(expected)}")
     try:
         sites = {str(name): SiteSpec(**site) for name, site in fields.pop("sites").items()}
         if not isinstance(fields["provenance"], dict):
             raise TypeError(f"provenance is {fields['provenance']!r}, expected an object")
-        return StoreSpec(sites=sites, **fields)
+        return StoreSpec(sites=sites, short_buckets=_short_buckets(fields.pop("short_buckets", None)), **fields)
     except (TypeError, ValueError, AttributeError) as e:
         raise StoreError(f"{where}: {e}") from e
+
+
+def _short_buckets(data: Any) -> tuple[tuple[int, int], ...]:
+    if data is None:
+        return ()
+    whole = isinstance(data, list) and 0 < len(data) <= MAX_EXTENSIONS
+    if not whole or not all(isinstance(p, list) and [type(v) for v in p] == [int, int] for p in data):
+        raise ValueError(f"short_buckets is {str(data)[:60]}, expected 1 to {MAX_EXTENSIONS} pairs of bucket and rows")
+    return tuple((bucket, rows) for bucket, rows in data)
 
 
 @dataclass(frozen=True, kw_only=True)

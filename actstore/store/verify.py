@@ -7,7 +7,7 @@ it. Each damaged object is named once. Nothing is changed.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def verify(
             found.append(Damage(key=key, problem=str(outcome)))
         elif bucket in expected:
             found.append(Damage(key=key, problem=f"is an intent, but {manifest.MANIFEST_KEY} knows it as committed"))
-    found.extend(_disagreements(spec, known, records))
+    found.extend(_disagreements(known, records))
     found.extend(_calibrations(storage, spec, records))
     begin(sum(r.rows for r in records.values()))
     sizes = storage.list("")
@@ -123,16 +123,14 @@ def _records(
         yield from pool.map(read, sorted(wanted.items()))
 
 
-def _disagreements(
-    spec: StoreSpec, known: manifest.Index | None, records: dict[int, record.CommitRecord]
-) -> Iterator[Damage]:
+def _disagreements(known: manifest.Index | None, records: dict[int, record.CommitRecord]) -> Iterator[Damage]:
     """The manifest against the records of its buckets."""
     if known is None:
         return
     of_manifest = [records[b] for b in known.buckets.tolist() if b in records]
     if len(of_manifest) < len(known.buckets):
         return  # the missing records are named already
-    again = manifest.index_of(replace(spec, rows=known.spec.rows), of_manifest)
+    again = manifest.index_of(known.spec, of_manifest)
     try:
         if manifest.to_parquet(again) != manifest.to_parquet(known):
             yield Damage(key=manifest.MANIFEST_KEY, problem="does not agree with the commit records")

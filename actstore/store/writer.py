@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import keyed
-from actstore.errors import EncodingError, StoreError, mismatch
+from actstore.errors import EncodingError, mismatch
 from actstore.store import encoder, fixed, manifest, record, stats
-from actstore.store.attempt import SWAPS, Attempt, OvertakenError
+from actstore.store.attempt import Attempt, OvertakenError
+from actstore.store.resize import change_spec
 from actstore.store.spec import (
     GROUP_KEY,
     PROVENANCE_ARRAYS,
@@ -90,7 +91,7 @@ class StoreWriter:
 
     def committed(self) -> set[int]:
         """Buckets that are committed now."""
-        return set(manifest.load(self.storage).buckets.tolist())
+        return set(manifest.load_current(self.storage).buckets.tolist())
 
     def write_bucket(
         self, bucket: int, sites: Mapping[str, Rows], *, sequence: Rows, position: Rows, token_id: Rows
@@ -237,18 +238,14 @@ class StoreWriter:
         last = max(committed, default=-1)
         if rows > self.spec.rows or (last >= 0 and rows < self.spec.bucket_range(last)[1]):
             raise ValueError(f"rows is {rows}, but {self.spec.rows} are planned and buckets up to {last} are committed")
-        for _ in range(SWAPS):
-            seen = self.storage.stat(GROUP_KEY)
-            found = manifest.read_spec(self.storage)
+
+        def changed(found: StoreSpec) -> StoreSpec:
             if found not in (self.spec, spec):
                 raise mismatch(f"the store at {self.url}", _comparable(found), _comparable(self.spec), "Open it again.")
-            # arrays before the group: whoever reads the group's number finds arrays that agree
-            for key, data in metadata_objects(spec).items():
-                self.storage.put(key, data)
-            if seen and self.storage.replace(GROUP_KEY, group_metadata(spec), seen.version):
-                self.spec, self._arrays = spec, arrays(spec)
-                return
-        raise StoreError(f"{self.url}/{GROUP_KEY} changed {SWAPS} times while rows was being set; try again")
+            return spec
+
+        self.spec = change_spec(self.storage, changed)
+        self._arrays = arrays(self.spec)
 
     def finalise(self) -> None:
         """Consolidate all commit records into a manifest, so that opening is one read; harmless to repeat."""

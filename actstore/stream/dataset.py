@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -340,11 +341,8 @@ def _geometry(store: Store) -> Geometry:
     spec = store.spec
     if not len(store.index.buckets):
         raise StreamError(f"{store.url} has no committed bucket yet; let a capture finish one")
-    short = [
-        (place, stop - first)
-        for place, (first, stop) in enumerate(spec.bucket_range(int(b)) for b in store.index.buckets)
-        if stop - first < spec.bucket_rows
-    ]
+    sizes = spec.bucket_sizes(store.index.buckets)
+    short = [(int(place), int(sizes[place])) for place in np.flatnonzero(sizes < spec.bucket_rows)]
     return Geometry(
         chunk_rows=spec.chunk_rows,
         chunks_per_bucket=spec.bucket_rows // spec.chunk_rows,
