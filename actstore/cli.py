@@ -57,6 +57,8 @@ def tokenize(config: OmitArgPrefixes[TokenizeConfig], *, json: Json = None) -> N
         "sequences": table.sequences,
         "seq_len": table.seq_len,
         "tokens": table.tokens,
+        "skipped": table.skipped,
+        "left_out": table.left_out,
         "fingerprint": table.fingerprint,
     }
     console.print_table(f"token table {config.out}", figures)

@@ -20,9 +20,9 @@ from actstore import keyed
 from actstore.errors import IntegrityError, MismatchError, StoreError, TokensError
 from actstore.progress import Progress
 from actstore.store.storage import open_storage
-from actstore.tokens import RowRule, TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
-from actstore.tokens.pack import pack, special_ids
-from actstore.tokens.tokenizer import Tokenizer, load_tokenizer
+from actstore.tokens import TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
+from actstore.tokens.pack import Layout, framed, pack, special_ids
+from actstore.tokens.tokenizer import load_tokenizer
 
 TEXTS = [f"Document {i}: the quick brown fox, {'jumps over ' * (i % 13)}the lazy dog.\n\nEnd é{i}." for i in range(60)]
 QUIET = Progress(Console(file=StringIO()))
@@ -47,10 +47,6 @@ def config(folder, tmp_path):
     )
 
 
-def plain(bos: int | None, eos: int | None, pad: int | None) -> Tokenizer:
-    return Tokenizer("t", 100, bos, eos, pad, "", lambda texts: [[int(i) for i in t.split()] for t in texts])
-
-
 def unpacked(ids: np.ndarray, documents: np.ndarray, number: int) -> list[int]:
     """Token ids of a document, wherever it was cut."""
     return ids[documents == number].tolist()
@@ -62,42 +58,81 @@ SPECIALS = st.sampled_from([(1, 2, 0), (1, 2, 2), (1, 1, 1), (None, 2, 2), (None
 DOCUMENTS = st.lists(st.lists(st.integers(3, 99), max_size=40), min_size=1, max_size=25)
 
 
-@settings(deadline=None, max_examples=300)
-@given(documents=DOCUMENTS, seq_len=st.integers(2, 17), specials=SPECIALS, batch=st.integers(1, 7))
-def test_packing_reconstructs_the_documents(documents, seq_len, specials, batch):
-    tokenizer = plain(*specials)
-    bos, eos, pad = specials
-    batches = [documents[i : i + batch] for i in range(0, len(documents), batch)]
-    parts = list(pack(batches, tokenizer, seq_len))
-    if not any(documents):
-        assert sum(len(ids) for ids, _ in parts) * (seq_len - (bos is not None)) <= len(documents) * (eos is not None)
-        return
+def packed(documents, specials, packing, seq_len, batch=1000, *, bos=True):
+    """Sequences and document numbers [n, seq_len] of documents that come in batches, then what is left over."""
+    first_id = specials[0] if bos and packing != "ready" else None
+    layout = Layout(
+        packing=packing,
+        seq_len=seq_len,
+        first_id=first_id,
+        eos_id=specials[1],
+        pad_id=specials[2],
+        special_ids=special_ids(*specials),
+    )
+    parts = [pack(documents[i : i + batch], i, layout) for i in range(0, len(documents), batch)]
     ids, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
-    assert ids.shape == numbers.shape
-    assert ids.shape[1] == seq_len
-    for number, document in enumerate(documents):
-        assert unpacked(ids, numbers, number) == document
-    # The kept positions are exactly the positions that belong to a document.
-    assert np.array_equal(kept(ids, RowRule(ids=special_ids(*specials))), numbers >= 0)
-    # Without BOS and trailing padding, the stream is the documents joined with EOS.
-    stream = (ids[:, 1:] if bos is not None else ids).reshape(-1).tolist()
-    joined = [i for n, d in enumerate(documents) for i in ([eos] if n and eos is not None else []) + d]
-    assert stream[: len(joined)] == joined or stream == joined[: len(stream)]
-    assert set(stream[len(joined) :]) <= {pad}
-    assert set(joined[len(stream) :]) <= {eos}
-    if bos is not None:
-        assert (ids[:, 0] == bos).all()
+    whole = ids.size // layout.body * layout.body
+    rest = ids[whole:], numbers[whole:]
+    return *framed(ids[:whole].reshape(-1, layout.body), numbers[:whole].reshape(-1, layout.body), layout), *rest
 
 
-def test_special_ids_inside_ready_documents_are_left_out():
-    ((ids, numbers),) = pack([[[1, 5, 6, 2], [1, 7, 2, 0, 0]]], plain(1, 2, 0), 6)
-    assert ids.tolist() == [[1, 5, 6, 2, 7, 0]]
-    assert numbers.tolist() == [[-1, 0, 0, -1, 1, -1]]
+@settings(deadline=None, max_examples=200)
+@given(documents=DOCUMENTS, seq_len=st.integers(2, 17), specials=SPECIALS, batch=st.integers(1, 7), bos=st.booleans())
+def test_joined_is_the_documents_with_eos_between_them_cut(documents, seq_len, specials, batch, bos):
+    bos_id, eos, _ = specials
+    ids, numbers, rest, rest_numbers = packed(documents, specials, "joined", seq_len, batch, bos=bos)
+    first = [bos_id] if bos and bos_id is not None else []
+    between = [] if eos is None else [(eos, -1)]
+    stream = [p for n, d in enumerate(documents) for p in (between if n else []) + [(i, n) for i in d]]
+    body = seq_len - len(first)
+    cut = [stream[i : i + body] for i in range(0, len(stream) - body + 1, body)]
+    assert ids.tolist() == [first + [i for i, _ in s] for s in cut]
+    assert numbers.tolist() == [[-1] * len(first) + [n for _, n in s] for s in cut]
+    assert list(zip(rest, rest_numbers, strict=True)) == stream[len(cut) * body :]
 
 
-def test_a_tail_without_any_padding_id_is_left_out():
-    ((ids, _),) = pack([[[5, 6, 7, 8, 9]]], plain(None, None, None), 2)
-    assert ids.tolist() == [[5, 6], [7, 8]]
+@settings(deadline=None, max_examples=200)
+@given(documents=DOCUMENTS, seq_len=st.integers(2, 17), specials=SPECIALS, batch=st.integers(1, 7), bos=st.booleans())
+def test_separate_never_puts_two_documents_in_a_sequence(documents, seq_len, specials, batch, bos):
+    bos_id, _, pad = specials
+    ids, numbers, rest, _ = packed(documents, specials, "separate", seq_len, batch, bos=bos)
+    first = [bos_id] if bos and bos_id is not None else []
+    body = seq_len - len(first)
+    expected = []
+    for n, document in enumerate(documents):
+        for i in range(0, len(document), body):
+            part = document[i : i + body]
+            gap = body - len(part)
+            expected.append((first + part + [pad] * gap, [-1] * len(first) + [n] * len(part) + [-1] * gap))
+    assert list(zip(ids.tolist(), numbers.tolist(), strict=True)) == expected
+    assert rest.size == 0
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), seq_len=st.integers(2, 17), specials=SPECIALS, batch=st.integers(1, 7))
+def test_ready_is_what_it_was(data, seq_len, specials, batch):
+    documents = data.draw(st.lists(st.lists(st.integers(0, 9), max_size=seq_len), min_size=1, max_size=20))
+    ids, numbers, rest, _ = packed(documents, specials, "ready", seq_len, batch)
+    expected = [d + [specials[2]] * (seq_len - len(d)) for d in documents]
+    assert ids.tolist() == expected
+    assert numbers.tolist() == [[-1 if i in specials else n for i in s] for n, s in enumerate(expected)]
+    assert rest.size == 0
+
+
+@pytest.mark.parametrize("packing", ["joined", "separate"])
+def test_special_ids_inside_documents_are_left_out_where_packing_puts_in_its_own(packing):
+    ids, numbers, *_ = packed([[1, 5, 6, 2], [1, 7, 2, 0, 0]], (1, 2, 0), packing, 5)
+    expected = {"joined": [[1, 5, 6, 2, 7]], "separate": [[1, 5, 6, 0, 0], [1, 7, 0, 0, 0]]}[packing]
+    assert ids.tolist() == expected
+    owner = {5: 0, 6: 0, 7: 1}
+    assert numbers.tolist() == [[owner.get(i, -1) for i in s] for s in expected]
+
+
+@pytest.mark.parametrize(("packing", "documents"), [("separate", [[5, 6], [7]]), ("ready", [[5, 6], [7]])])
+def test_padding_needs_an_id_to_pad_with(packing, documents):
+    assert packed(documents[:1], (None, None, None), packing, 2)[0].tolist() == [[5, 6]]
+    with pytest.raises(TokensError, match="document 1 does not fill its last sequence"):
+        packed(documents, (None, None, None), packing, 2)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -209,7 +244,7 @@ def test_the_table_lives_on_any_storage_and_copies(config, tmp_path):
 def test_the_same_settings_return_the_table_and_others_are_refused(config, folder, tmp_path, monkeypatch):
     table = tokenize(config, QUIET)
     with monkeypatch.context() as m:
-        m.setattr("actstore.tokens.build._spool", None)
+        m.setattr("actstore.tokens.build._fill", None)
         assert tokenize(config, QUIET) == table
     with pytest.raises(MismatchError, match=r"seed is 0, asked for 5; seq_len is 32, asked for 16\. Use another --out"):
         tokenize(replace(config, seed=5, seq_len=16), QUIET)
@@ -332,12 +367,12 @@ def test_bad_text_and_tokenizers_are_named(config, folder, tmp_path):
     refused(r"t.jsonl, line 2: not JSON", sources=(str(tmp_path / "t.jsonl"),))
     refused(r"no column 'text' or 'input_ids' among body; see --text-column", sources=(str(tmp_path / "b.parquet"),))
     refused(r"input_ids are 5..1000000", sources=(str(tmp_path / "i.parquet"),))
-    refused("damaged or not what its name says", sources=(str(tmp_path / "l.txt"),))
+    refused(r"l.txt: text is not UTF-8: invalid start byte at 0; put", sources=(str(tmp_path / "l.txt"),))
     refused("damaged or not what its name says", sources=(str(tmp_path / "p.parquet"),))
     refused("no text found", sources=(str(tmp_path / "e.txt"),))
     refused("the directory has no tokenizer.json", tokenizer=str(tmp_path))
     refused("x.gguf: no such file", tokenizer=str(tmp_path / "x.gguf"))
-    assert not (tmp_path / "bad").exists()
+    assert not list(tmp_path.glob("bad*"))
     tokenize(replace(config, sources=(str(tmp_path / "b.parquet"),), text_column="body"), QUIET)
 
 

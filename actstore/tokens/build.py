@@ -1,19 +1,20 @@
 """`tokenize`: documents to a committed token table.
 
-Packed sequences go to a temporary spool first, because the keyed order needs their number; the table is then written
-chunk by chunk, so memory stays at one chunk however much text there is. The spool takes 8 bytes per token.
+Packed tokens go to a spool first, because the keyed order needs the number of sequences; the table is then written
+chunk by chunk. So memory stays at a few batches of documents and one chunk, however much text there is, and a run that
+was killed goes on from the spool. A batch is encoded by the tokenizer's own threads while the next one is read and the
+last one packed; order and result don't depend on threads.
 """
 
 import hashlib
 import json
-import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -21,15 +22,18 @@ from zarr.storage import MemoryStore
 
 from actstore import keyed
 from actstore.errors import TokensError, mismatch
-from actstore.progress import Progress, Step
+from actstore.progress import Progress
 from actstore.store.storage import Storage, open_storage
-from actstore.tokens import sources as text
 from actstore.tokens.config import TokenizeConfig
-from actstore.tokens.pack import Packed, pack, special_ids
+from actstore.tokens.documents import Document, batches
+from actstore.tokens.pack import NO_DOCUMENT, Layout, Packed, framed, pack, special_ids
 from actstore.tokens.rule import RowRule, kept
+from actstore.tokens.sources import SourceFile, identities, list_files
+from actstore.tokens.spool import Spool, State, open_spool
 from actstore.tokens.table import (
     ARRAYS,
     ATTRIBUTE,
+    DEFAULTS,
     DOCUMENTS_KEY,
     FORMAT_VERSION,
     GROUP_KEY,
@@ -40,28 +44,46 @@ from actstore.tokens.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_TOKENS = 1 << 20
 """Tokens of a zarr chunk: 4 MiB of int32."""
-_DOCUMENTS_SCHEMA = pa.schema(
-    {
-        "document": pa.int32(),
-        "file": pa.string(),
-        "record": pa.int64(),
-        "source": pa.string(),
-        "title": pa.string(),
-    }
-)
+CHECKPOINT_TOKENS = 1 << 22
+"""Tokens after which the spool is saved: what a killed run does again at most."""
+_AHEAD = 1
+"""Batches that wait, read, while another one is encoded."""
+_ORDER_AND_ROWS = ("seed", "skip_first", "skip_ids")
+"""Settings that matter only when the table is written, not to the spool."""
 
 
 def tokenize(config: TokenizeConfig, progress: Progress) -> TokenTable:
-    """Write the token table of `config`, or return it if it is there already.
+    """Write the token table of `config`, or return it if it is there already; go on where a killed run was.
 
     `TokensError` if text or tokenizer can't be used; `MismatchError` if another table is at `config.out`.
     """
     storage = open_storage(config.out)
-    files = text.list_files(config.sources)
+    files = list_files(config.sources)
     tokenizer = load_tokenizer(config.tokenizer)
-    settings: dict[str, Any] = {
+    settings = _settings(config, files, tokenizer)
+    if storage.exists(GROUP_KEY):
+        return _existing(storage, config, settings)
+    spooled = {k: v for k, v in settings.items() if k not in _ORDER_AND_ROWS}
+    with open_spool(storage, spooled, may_skip=config.on_error == "skip") as spool:
+        if not storage.exists(GROUP_KEY):
+            layout = _layout(config, tokenizer)
+            _fill(spool, files, tokenizer, layout, config, progress)
+            _write(storage, spool, layout, settings, progress)
+    return _existing(storage, config, settings)
+
+
+def _settings(config: TokenizeConfig, files: list[SourceFile], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything that fixes the table, by the names of its attributes."""
+    skip_ids = tuple(sorted(set(config.skip_ids)))
+    if skip_ids and skip_ids[-1] >= tokenizer.vocab_size:
+        raise ValueError(f"skip_ids holds {skip_ids[-1]}, but {tokenizer.name} has {tokenizer.vocab_size} ids")
+    return {
         "seq_len": config.seq_len,
         "seed": config.seed,
+        "packing": config.packing,
+        "bos": config.bos,
+        "skip_first": config.skip_first,
+        "skip_ids": skip_ids,
         "text_column": config.text_column,
         "tokenizer": tokenizer.name,
         "tokenizer_digest": tokenizer.digest,
@@ -69,79 +91,148 @@ def tokenize(config: TokenizeConfig, progress: Progress) -> TokenTable:
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
-        "sources": text.identities(files),
+        "sources": identities(files),
     }
-    if storage.exists(GROUP_KEY):
-        table = open_tokens(storage)
-        found = {name: getattr(table, name) for name in settings}
-        if found != settings:
-            raise mismatch(f"the token table at {storage.url}", found, settings, "Use another --out.")
-        return table
-    with tempfile.TemporaryDirectory(prefix="actstore-tokens-") as folder:
-        step = progress.step("tokenize", total=sum(f.size for f in files), unit="B")
-        spool = Path(folder)
-        sequences = _spool(spool, files, tokenizer, config, step)
-        if not sequences:
-            raise TokensError(f"{', '.join(config.sources)}: no text found, so there is nothing to write")
-        _write(storage, spool, sequences, settings, progress)
-    return open_tokens(storage)
 
 
-def _spool(spool: Path, files: list[text.SourceFile], tokenizer: Tokenizer, config: TokenizeConfig, step: Step) -> int:
-    """Pack every document into the spool files; return the number of sequences."""
-    sequences = 0
-    with (
-        pq.ParquetWriter(spool / DOCUMENTS_KEY, _DOCUMENTS_SCHEMA) as names,
-        (spool / "ids").open("wb") as ids_file,
-        (spool / "document").open("wb") as documents_file,
-    ):
-        encoded = _encoded(files, tokenizer, config, names, step)
-        for ids, documents in pack(encoded, tokenizer, config.seq_len):
-            ids_file.write(ids.tobytes())
-            documents_file.write(documents.tobytes())
-            sequences += len(ids)
-    return sequences
+def _existing(storage: Storage, config: TokenizeConfig, settings: dict[str, Any]) -> TokenTable:
+    table = open_tokens(storage)
+    asked: dict[str, object] = {**settings, "on_error": config.on_error}
+    found: dict[str, object] = {name: getattr(table, name) for name in settings}
+    found["on_error"] = "skip" if table.skipped else config.on_error
+    if found != asked:
+        raise mismatch(f"the token table at {storage.url}", found, asked, "Use another --out.")
+    return table
 
 
-def _encoded(
-    files: list[text.SourceFile], tokenizer: Tokenizer, config: TokenizeConfig, names: pq.ParquetWriter, step: Step
-) -> Iterator[list[list[int]]]:
-    """The documents' ids, batch by batch; documents are numbered and named on the way."""
-    number = 0
-    for file in files:
-        for batch in text.batches(file, config.text_column):
-            texts = [d.content for d in batch if isinstance(d.content, str)]
-            encoded = iter(tokenizer.encode(texts))
-            yield [next(encoded) if isinstance(d.content, str) else _ready(d, tokenizer) for d in batch]
-            columns: list[list[Any]] = [
-                list(range(number, number + len(batch))),
-                [d.file for d in batch],
-                [d.record for d in batch],
-                [d.source for d in batch],
-                [d.title for d in batch],
-            ]
-            names.write_table(pa.table(columns, schema=_DOCUMENTS_SCHEMA))
-            number += len(batch)
-            step.advance(sum(d.size for d in batch))
+def _layout(config: TokenizeConfig, tokenizer: Tokenizer) -> Layout:
+    return Layout(
+        packing=config.packing,
+        seq_len=config.seq_len,
+        first_id=tokenizer.bos_id if config.bos and config.packing != "ready" else None,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        special_ids=special_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
+    )
 
 
-def _ready(document: text.Document, tokenizer: Tokenizer) -> list[int]:
-    ids = document.content
-    assert isinstance(ids, list)
-    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
-        raise TokensError(
-            f"{document.file}, record {document.record}: input_ids are {min(ids)}..{max(ids)}, but {tokenizer.name} "
-            f"has {tokenizer.vocab_size} ids; name the tokenizer that made them"
+def _fill(
+    spool: Spool,
+    files: list[SourceFile],
+    tokenizer: Tokenizer,
+    layout: Layout,
+    config: TokenizeConfig,
+    progress: Progress,
+) -> None:
+    """Pack every document that is not in the spool yet into it."""
+    state, unsaved = spool.state, 0
+    step = progress.step("tokenize", total=sum(f.size for f in files), unit="B")
+    step.skip(state.size)
+    for batch, encoded in _encoded(_batches(files, tokenizer, config, state), tokenizer):
+        ids, numbers = pack(encoded, state.documents, layout)
+        spool.append(ids, numbers, batch.documents, state.documents)
+        state = replace(
+            state,
+            file=batch.file,
+            record=batch.next_record,
+            size=state.size + batch.size,
+            documents=state.documents + len(batch.documents),
+            skipped=state.skipped + batch.skipped,
         )
-    return ids
+        unsaved += ids.size
+        if unsaved >= CHECKPOINT_TOKENS:
+            spool.save(state)
+            unsaved = 0
+        if state.skipped:
+            step.note(f"{state.skipped} malformed documents skipped")
+        step.advance(batch.size)
+    _finish(spool, replace(state, file=len(files), record=0), layout)
 
 
-def _write(storage: Storage, spool: Path, sequences: int, settings: dict[str, Any], progress: Progress) -> None:
-    seq_len = settings["seq_len"]
-    rule = RowRule(ids=special_ids(settings["bos_id"], settings["eos_id"], settings["pad_id"]))
-    packed = {name: np.memmap(spool / name, np.int32, "r", shape=(sequences, seq_len)) for name in ARRAYS}
+def _finish(spool: Spool, state: State, layout: Layout) -> None:
+    """Save the spool as complete, its last sequence padded if it holds a token and something can pad it."""
+    spool.save(state)
+    tail = spool.tail(layout.body)
+    if (tail >= 0).any() and layout.pad_id is not None:
+        padding = np.full(layout.body - tail.size, layout.pad_id, np.int32)
+        spool.append(padding, np.full_like(padding, NO_DOCUMENT), [], 0)
+        spool.save(state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Documents of one file that are encoded at once."""
+
+    file: int
+    documents: list[Document]
+    skipped: int
+    next_record: int
+    size: float
+
+
+def _batches(files: list[SourceFile], tokenizer: Tokenizer, config: TokenizeConfig, state: State) -> Iterator[_Batch]:
+    """What is left to do, without the malformed documents; `TokensError` at the first one unless they are skipped."""
+    for index in range(state.file, len(files)):
+        for read in batches(files[index], config.text_column, state.record if index == state.file else 0):
+            good: list[Document] = []
+            for document in read:
+                problem = document.problem or _problem(document, tokenizer, config)
+                if not problem:
+                    good.append(document)
+                elif config.on_error == "raise":
+                    raise TokensError(
+                        f"{document.place}: {problem}; put it right, or leave such documents out with --on-error skip"
+                    )
+            yield _Batch(
+                file=index,
+                documents=good,
+                skipped=len(read) - len(good),
+                next_record=read[-1].record + 1,
+                size=sum(d.size for d in read),
+            )
+
+
+def _problem(document: Document, tokenizer: Tokenizer, config: TokenizeConfig) -> str:
+    """What is wrong with a document that is well formed, given tokenizer and packing; empty if nothing is."""
+    ids = document.content
+    if isinstance(ids, str):
+        return "text, but --packing ready expects input_ids (see --text-column)" if config.packing == "ready" else ""
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        return (
+            f"input_ids are {min(ids)}..{max(ids)}, but {tokenizer.name} has {tokenizer.vocab_size} ids; "
+            "name the tokenizer that made them"
+        )
+    if config.packing == "ready" and len(ids) > config.seq_len:
+        return f"{len(ids)} input_ids, but --packing ready with --seq-len {config.seq_len} expects no more than that"
+    return ""
+
+
+def _encoded(read: Iterable[_Batch], tokenizer: Tokenizer) -> Iterator[tuple[_Batch, list[list[int]]]]:
+    """The batches with their documents' ids, in order; one is encoded while the next is read and the last packed."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[tuple[_Batch, Future[list[list[int]]]]] = deque()
+        for batch in read:
+            waiting.append((batch, pool.submit(_ids, batch, tokenizer)))
+            if len(waiting) > _AHEAD:
+                first, ids = waiting.popleft()
+                yield first, ids.result()
+        for last, ids in waiting:
+            yield last, ids.result()
+
+
+def _ids(batch: _Batch, tokenizer: Tokenizer) -> list[list[int]]:
+    encoded = iter(tokenizer.encode([d.content for d in batch.documents if isinstance(d.content, str)]))
+    return [next(encoded) if isinstance(d.content, str) else d.content for d in batch.documents]
+
+
+def _write(storage: Storage, spool: Spool, layout: Layout, settings: dict[str, Any], progress: Progress) -> None:
+    """Write the spooled sequences in keyed order, and commit the table."""
+    sequences = spool.state.tokens // layout.body
+    if not sequences:
+        raise TokensError("no text found in the sources, so there is nothing to write")
+    rule = RowRule(ids=(*layout.special_ids, *settings["skip_ids"]), first_positions=settings["skip_first"])
     order_key = keyed.key(settings["seed"], "sequences")
-    rows = max(1, CHUNK_TOKENS // seq_len)
+    rows = max(1, CHUNK_TOKENS // layout.seq_len)
     chunks = [slice(start, min(start + rows, sequences)) for start in range(0, sequences, rows)]
     step = progress.step("write", total=sequences, unit="sequences")
     tokens = max_id = 0
@@ -150,18 +241,25 @@ def _write(storage: Storage, spool: Path, sequences: int, settings: dict[str, An
         nonlocal tokens, max_id
         for chunk in chunks:
             order = keyed.invert(np.arange(chunk.start, chunk.stop), sequences, order_key)
-            ids, documents = packed["ids"][order], packed["document"][order]
+            ids, documents = framed(
+                spool.read("ids", order, layout.body), spool.read("document", order, layout.body), layout
+            )
             tokens += int(kept(ids, rule).sum())
             max_id = max(max_id, int(ids.max()))
             yield ids, documents
             step.advance(len(ids))
 
-    digest = fingerprint(_put_arrays(storage, ordered(), chunks, (sequences, seq_len)), settings)
+    digest = fingerprint(_put_arrays(storage, ordered(), chunks, (sequences, layout.seq_len)), settings)
     if not tokens:
-        raise TokensError("the documents hold no token but special ones, so there is nothing to write")
-    storage.put(DOCUMENTS_KEY, (spool / DOCUMENTS_KEY).read_bytes())
+        raise TokensError(
+            "the documents hold no token but special ones and what --skip-first and --skip-ids leave out, so there is "
+            "nothing to write"
+        )
+    storage.put(DOCUMENTS_KEY, [np.memmap(spool.documents(), np.uint8, "r").data])
     attributes = {"format_version": FORMAT_VERSION, "fingerprint": digest, "sequences": sequences, "tokens": tokens}
-    attributes |= {"max_id": max_id, **settings}
+    attributes |= {"max_id": max_id, **settings, "skipped": spool.state.skipped}
+    attributes["left_out"] = int((spool.tail(layout.body) >= 0).sum())
+    attributes = {k: v for k, v in attributes.items() if k not in DEFAULTS or v != DEFAULTS[k]}
     group = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: attributes}}
     storage.put(GROUP_KEY, json.dumps(group, indent=2).encode())
 
@@ -193,13 +291,20 @@ def _put_arrays(
 
 
 def fingerprint(blocks: Iterable[Packed], settings: dict[str, Any]) -> str:
-    """BLAKE2b-128 over the special ids, all token ids and all document numbers, however they are cut into blocks."""
+    """BLAKE2b-128 over the special ids, all token ids and document numbers, however they are cut, and the row rule.
+
+    A rule that leaves out nothing but special ids adds nothing.
+    """
     ids_hash, documents_hash = hashlib.blake2b(), hashlib.blake2b()
     for ids, documents in blocks:
         ids_hash.update(_little(ids))
         documents_hash.update(_little(documents))
-    fixed = json.dumps([settings[name] for name in ("seq_len", "bos_id", "eos_id", "pad_id")])
-    return hashlib.blake2b(fixed.encode() + ids_hash.digest() + documents_hash.digest(), digest_size=16).hexdigest()
+    fixed = [settings[name] for name in ("seq_len", "bos_id", "eos_id", "pad_id")]
+    if settings["skip_first"] or settings["skip_ids"]:
+        fixed += [settings["skip_first"], settings["skip_ids"]]
+    return hashlib.blake2b(
+        json.dumps(fixed).encode() + ids_hash.digest() + documents_hash.digest(), digest_size=16
+    ).hexdigest()
 
 
 def _little(values: NDArray[np.int32]) -> bytes:

@@ -1,10 +1,13 @@
 """The settings of `actstore tokenize`; importing this module loads no deep-learning library."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tyro.conf import Positional
 
 MIN_SEQ_LEN, MAX_SEQ_LEN = 2, 1 << 20
+
+Packing = Literal["joined", "separate", "ready"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +23,21 @@ class TokenizeConfig:
     """Where the token table goes: a directory or an fsspec URL."""
     seq_len: int = 1024
     """Tokens per sequence, BOS included. Gemma Scope used 1024."""
+    packing: Packing = "joined"
+    """joined: documents follow each other with EOS between them, cut where a sequence is full. separate: no sequence
+    holds two documents; ends are padded. ready: each document's input_ids are one sequence, stored as they are."""
+    bos: bool = True
+    """Put BOS first in every sequence, where the tokenizer has one; not with ready."""
     seed: int = 0
     """Key of the order of sequences."""
+    skip_first: int = 0
+    """So many positions at the start of every sequence are never rows; BOS counts as one."""
+    skip_ids: tuple[int, ...] = ()
+    """Token ids that are never rows, beside BOS, EOS and padding."""
     text_column: str = "text"
     """Column or field that holds the text; a column `input_ids` is used instead where this one is missing."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do about a malformed document: end with an error, or leave it out and count it."""
 
     def __post_init__(self) -> None:
         """Check the numbers; `ValueError` names the field."""
@@ -31,3 +45,7 @@ class TokenizeConfig:
             raise ValueError("sources is empty: name at least one file or directory of text")
         if not MIN_SEQ_LEN <= self.seq_len <= MAX_SEQ_LEN:
             raise ValueError(f"seq_len is {self.seq_len}, expected {MIN_SEQ_LEN} to {MAX_SEQ_LEN}")
+        if not 0 <= self.skip_first < self.seq_len:
+            raise ValueError(f"skip_first is {self.skip_first}, expected 0 to {self.seq_len - 1}, below seq_len")
+        if any(i < 0 for i in self.skip_ids):
+            raise ValueError(f"skip_ids holds {min(self.skip_ids)}, expected token ids, which are not negative")

@@ -1,21 +1,27 @@
-"""Packing: concatenate documents with EOS between them, cut, put BOS first.
+"""Packing: documents to sequences, in one of three ways.
 
-No token is lost and none is repeated except at no cost: a document goes on in the next sequence where it was cut. The
-alternative, one document per sequence, wastes padding on short documents and drops the ends of long ones.
+`joined` puts EOS between documents and cuts where a sequence is full: no token is lost and nothing is padded, but a
+sequence holds parts of several documents (Gemma Scope, and most training of language models). `separate` keeps
+documents apart and pays with padding. `ready` trusts the sequences that it is given.
+
+A batch is packed without regard to the batches before it: what it adds is a flat run of tokens, in which `body` tokens
+are a sequence without its BOS. So a run that was interrupted needs no more than that run to go on.
 """
 
-from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.tokens.tokenizer import Tokenizer
+from actstore.errors import TokensError
+from actstore.tokens.config import Packing
 
 NO_DOCUMENT = -1
 """Document number of BOS, EOS and padding."""
 
 Packed = tuple[NDArray[np.int32], NDArray[np.int32]]
-"""Token ids and document numbers, both [n, seq_len]."""
+"""Token ids and document numbers, of the same shape."""
 
 
 def special_ids(bos_id: int | None, eos_id: int | None, pad_id: int | None) -> tuple[int, ...]:
@@ -23,45 +29,73 @@ def special_ids(bos_id: int | None, eos_id: int | None, pad_id: int | None) -> t
     return tuple(sorted({i for i in (bos_id, eos_id, pad_id) if i is not None}))
 
 
-def pack(documents: Iterable[list[list[int]]], tokenizer: Tokenizer, seq_len: int) -> Iterator[Packed]:
-    """Whole sequences as the batches of documents complete them; the last one is padded at its end.
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How sequences look."""
 
-    Documents are numbered in order from 0. Special ids inside a document (ready `input_ids` have them) are left out:
-    packing puts in its own. A tokenizer without BOS gives sequences that start with a token; without EOS, documents
-    follow each other directly; without any special id to pad with, an incomplete last sequence is left out.
+    packing: Packing
+    seq_len: int
+    first_id: int | None
+    """BOS, where packing puts it first."""
+    eos_id: int | None
+    pad_id: int | None
+    special_ids: tuple[int, ...]
+
+    @property
+    def body(self) -> int:
+        """Tokens of a sequence without the BOS that packing puts first."""
+        return self.seq_len - (self.first_id is not None)
+
+
+def pack(documents: list[list[int]], first: int, layout: Layout) -> Packed:
+    """What the documents, numbered from `first`, add to the flat run of tokens: [n].
+
+    Special ids inside a document (`input_ids` have them) are left out unless it is `ready`: packing puts in its own.
+    `TokensError` if padding is needed and the tokenizer has no special id to pad with.
     """
-    specials = special_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    body = seq_len - (tokenizer.bos_id is not None)
-    ids, numbers = np.empty(0, np.int32), np.empty(0, np.int32)
-    number = 0
-    for batch in documents:
-        parts, part_numbers = [ids], [numbers]
-        for document in batch:
-            if number and tokenizer.eos_id is not None:
-                parts.append(np.array([tokenizer.eos_id], np.int32))
-                part_numbers.append(np.array([NO_DOCUMENT], np.int32))
-            tokens = np.asarray(document, np.int32)
-            tokens = tokens[~np.isin(tokens, specials)]
-            parts.append(tokens)
-            part_numbers.append(np.full(tokens.size, number, np.int32))
-            number += 1
-        ids, numbers = np.concatenate(parts), np.concatenate(part_numbers)
-        whole = ids.size // body * body
-        if whole:
-            yield _framed(ids[:whole], numbers[:whole], tokenizer.bos_id, seq_len)
-            ids, numbers = ids[whole:], numbers[whole:]
-    if (numbers >= 0).any() and tokenizer.pad_id is not None:
-        missing = body - ids.size
-        ids = np.pad(ids, (0, missing), constant_values=tokenizer.pad_id)
-        numbers = np.pad(numbers, (0, missing), constant_values=NO_DOCUMENT)
-        yield _framed(ids, numbers, tokenizer.bos_id, seq_len)
+    lengths = np.array([len(d) for d in documents], np.int64)
+    ids = np.fromiter(chain.from_iterable(documents), np.int32, int(lengths.sum()))
+    index = np.repeat(np.arange(len(documents)), lengths)
+    special = np.isin(ids, layout.special_ids)
+    numbers = np.where(special, NO_DOCUMENT, index + first).astype(np.int32)
+    if layout.packing == "ready":
+        return _padded(ids, numbers, lengths, np.full_like(lengths, layout.seq_len), first, layout)
+    ids, numbers = ids[~special], numbers[~special]
+    lengths = np.bincount(index[~special], minlength=len(documents))
+    if layout.packing == "separate":
+        return _padded(ids, numbers, lengths, -(-lengths // layout.body) * layout.body, first, layout)
+    if layout.eos_id is not None:
+        starts = np.cumsum(lengths) - lengths
+        before = starts if first else starts[1:]
+        ids, numbers = np.insert(ids, before, layout.eos_id), np.insert(numbers, before, NO_DOCUMENT)
+    return ids, numbers
 
 
-def _framed(ids: NDArray[np.int32], numbers: NDArray[np.int32], bos_id: int | None, seq_len: int) -> Packed:
-    if bos_id is None:
-        return ids.reshape(-1, seq_len), numbers.reshape(-1, seq_len)
+def _padded(
+    ids: NDArray[np.int32],
+    numbers: NDArray[np.int32],
+    lengths: NDArray[np.int64],
+    room: NDArray[np.int64],
+    first: int,
+    layout: Layout,
+) -> Packed:
+    """Give document i `room[i]` places, the last ones padding."""
+    if layout.pad_id is None:
+        if (lengths < room).any():
+            raise TokensError(
+                f"document {first + int(np.argmax(lengths < room))} does not fill its last sequence, and the tokenizer "
+                "has no padding, EOS or BOS id to fill it with; use --packing joined or another tokenizer"
+            )
+        return ids, numbers
+    place = np.arange(ids.size) + np.repeat(np.cumsum(room - lengths) - (room - lengths), lengths)
+    out = np.full(int(room.sum()), layout.pad_id, np.int32), np.full(int(room.sum()), NO_DOCUMENT, np.int32)
+    out[0][place], out[1][place] = ids, numbers
+    return out
+
+
+def framed(ids: NDArray[np.int32], numbers: NDArray[np.int32], layout: Layout) -> Packed:
+    """Sequences [n, seq_len] of bodies [n, body]."""
+    if layout.first_id is None:
+        return ids, numbers
     front = ((0, 0), (1, 0))
-    return (
-        np.pad(ids.reshape(-1, seq_len - 1), front, constant_values=bos_id),
-        np.pad(numbers.reshape(-1, seq_len - 1), front, constant_values=NO_DOCUMENT),
-    )
+    return np.pad(ids, front, constant_values=layout.first_id), np.pad(numbers, front, constant_values=NO_DOCUMENT)

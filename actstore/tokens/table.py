@@ -7,10 +7,10 @@ them, chunks by their crc32c.
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from zarr.storage import MemoryStore
 
 from actstore.errors import IntegrityError, StoreError, TokensError
 from actstore.store.storage import LocalStorage, Storage, open_storage
+from actstore.tokens.config import Packing
 from actstore.tokens.pack import special_ids
 from actstore.tokens.rule import RowRule
 
@@ -39,11 +40,11 @@ class TokenTable:
     """A committed token table; reads are independent of each other and thread-safe."""
 
     fingerprint: str
-    """BLAKE2b-128 of ids, documents and special ids: what a store's provenance names."""
+    """BLAKE2b-128 of ids, documents, special ids and row rule: what a store's provenance names."""
     seq_len: int
     sequences: int
     tokens: int
-    """Rows: positions that are neither BOS, EOS nor padding."""
+    """Rows: positions that `rule` keeps."""
     max_id: int
     """The greatest token id: a model needs a vocabulary above it."""
     vocab_size: int
@@ -57,6 +58,15 @@ class TokenTable:
     seed: int
     sources: list[dict[str, Any]] = field(repr=False)
     text_column: str
+    packing: Packing = "joined"
+    bos: bool = True
+    """Whether packing put BOS first, if there is one."""
+    skip_first: int = 0
+    skip_ids: tuple[int, ...] = ()
+    skipped: int = 0
+    """Malformed documents that were left out."""
+    left_out: int = 0
+    """Tokens of an incomplete last sequence, which are not in the table because nothing could pad it."""
     storage: Storage = field(repr=False, compare=False)
     prefix: str = field(default="", repr=False, compare=False)
 
@@ -68,7 +78,7 @@ class TokenTable:
     @property
     def rule(self) -> RowRule:
         """Which positions are rows."""
-        return RowRule(ids=self.special_ids)
+        return RowRule(ids=(*self.special_ids, *self.skip_ids), first_positions=self.skip_first)
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Token ids of sequences [start, stop): [n, seq_len]."""
@@ -115,6 +125,12 @@ class TokenTable:
 
     def _get(self, key: str) -> bytes:
         return self.storage.get(self.prefix + key)
+
+
+DEFAULTS: dict[str, Any] = {
+    f.name: f.default for f in fields(TokenTable) if f.default is not MISSING and f.name != "prefix"
+}
+"""Attributes that a table does not name where they have these values; tables older than an attribute read so too."""
 
 
 def _array_metadata(table: TokenTable, name: str) -> dict[str, Any]:
@@ -167,7 +183,7 @@ def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
         raise TokensError(
             f"{where}: format version is {found!r}, this actstore reads {FORMAT_VERSION}; update actstore"
         )
-    values = {k: v for k, v in data.items() if k != "format_version"}
+    values = DEFAULTS | {k: v for k, v in data.items() if k != "format_version"}
     names = {f.name for f in fields(TokenTable)} - {"storage", "prefix"}
     if values.keys() != names:
         raise TokensError(f"{where}: fields are {sorted(values)}, expected {sorted(names)}")
@@ -179,12 +195,16 @@ def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
         **{name: values[name] is None or _whole(values[name], 0) for name in ("bos_id", "eos_id", "pad_id")},
         **{name: isinstance(values[name], str) for name in ("tokenizer", "tokenizer_digest", "text_column")},
         "fingerprint": isinstance(values["fingerprint"], str) and bool(_FINGERPRINT.fullmatch(values["fingerprint"])),
+        "packing": values["packing"] in get_args(Packing),
+        "bos": isinstance(values["bos"], bool),
+        "skip_ids": isinstance(values["skip_ids"], (list, tuple)) and all(_whole(i, 0) for i in values["skip_ids"]),
+        **{name: _whole(values[name], 0) for name in ("skip_first", "skipped", "left_out")},
         "sources": isinstance(values["sources"], list) and all(isinstance(s, dict) for s in values["sources"]),
     }
     for name, good in checks.items():
         if not good:
             raise TokensError(f"{where}: {name} is {values[name]!r}, which can't be; the table is damaged")
-    return values
+    return values | {"skip_ids": tuple(values["skip_ids"])}
 
 
 def _what_is_there(storage: Storage) -> str:

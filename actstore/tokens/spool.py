@@ -1,0 +1,184 @@
+"""The spool of `tokenize`: what is tokenised so far, on disk, so that a killed run goes on where it was.
+
+Three files only grow: `ids` and `document` (int32), and `names` (an Arrow stream). `state.json` says how far they are
+good; it is renamed into place after they are synced, and what was written after it is cut off. For a local table the
+spool is `<out>.partial` beside it, else a directory of the user's cache; it takes 8 bytes a token, and is deleted when
+the table is committed. A lock on the directory, which the kernel releases with its holder, keeps a second run out.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from actstore.errors import TokensError
+from actstore.store.storage import LocalStorage, Storage
+from actstore.tokens.documents import Document
+
+_STATE = "state.json"
+_NAMES = pa.schema(
+    {
+        "document": pa.int32(),
+        "file": pa.string(),
+        "record": pa.int64(),
+        "source": pa.string(),
+        "title": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything before (file, record) is in the spool."""
+
+    file: int = 0
+    record: int = 0
+    size: float = 0.0
+    """Bytes of the sources that are done, for progress."""
+    documents: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    """Values in `ids` and in `document`."""
+    names: int = 0
+    """Bytes of `names`."""
+
+
+@contextmanager
+def open_spool(storage: Storage, settings: dict[str, Any], *, may_skip: bool) -> Generator["Spool"]:
+    """The spool of a table, with what an earlier run of the same settings left; deleted if the block succeeds.
+
+    What was left with skipped documents is used only if this run may skip. `TokensError` if another run has it.
+    """
+    folder = _place(storage)
+    fd = _lock(folder, storage.url)
+    try:
+        spool = Spool(folder, settings, may_skip=may_skip)
+        try:
+            yield spool
+        except BaseException:
+            if not spool.state.tokens:
+                shutil.rmtree(folder)
+            raise
+        finally:
+            spool.close()
+        shutil.rmtree(folder)
+    finally:
+        os.close(fd)
+
+
+def _place(storage: Storage) -> Path:
+    if isinstance(storage, LocalStorage):
+        root = storage.root.resolve()
+        return root.with_name(f"{root.name}.partial")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "actstore" / "tokenize" / hashlib.blake2b(storage.url.encode(), digest_size=16).hexdigest()
+
+
+def _lock(folder: Path, url: str) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), folder.stat()):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    raise TokensError(
+        f"{url}: another actstore tokenize is writing it (see {folder}); wait for it or use another --out"
+    )
+
+
+class Spool:
+    """Files that grow, and the state up to which they are good."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, may_skip: bool) -> None:
+        """Go on with what is in `folder`, if it was made with these settings."""
+        self._folder, self._settings = folder, settings
+        self.state = self._read(may_skip=may_skip)
+        if self.state == State():
+            (folder / _STATE).unlink(missing_ok=True)
+        for path, size in self._sizes(self.state).items():
+            path.touch()
+            os.truncate(path, size)
+        self._ids, self._document, self._names = (path.open("ab") for path in self._sizes(self.state))
+        if not self.state.names:
+            self._names.write(_NAMES.serialize())
+
+    def _read(self, *, may_skip: bool) -> State:
+        try:
+            found = json.loads((self._folder / _STATE).read_bytes())
+            state = State(**found["state"])
+            same = found["settings"] == json.loads(json.dumps(self._settings))
+            whole = all(path.stat().st_size >= size for path, size in self._sizes(state).items())
+        except (OSError, ValueError, TypeError, KeyError):
+            return State()
+        return state if same and whole and (may_skip or not state.skipped) else State()
+
+    def _sizes(self, state: State) -> dict[Path, int]:
+        sizes = {"ids": 4 * state.tokens, "document": 4 * state.tokens, "names": state.names}
+        return {self._folder / name: size for name, size in sizes.items()}
+
+    def append(self, ids: NDArray[np.int32], numbers: NDArray[np.int32], documents: list[Document], first: int) -> None:
+        """Add packed tokens, and the names of the documents, numbered from `first`, that they come from."""
+        self._ids.write(ids.tobytes())
+        self._document.write(numbers.tobytes())
+        if documents:
+            columns: list[list[Any]] = [
+                list(range(first, first + len(documents))),
+                [d.file for d in documents],
+                [d.record for d in documents],
+                [d.source for d in documents],
+                [d.title for d in documents],
+            ]
+            arrays = [pa.array(c, t) for c, t in zip(columns, _NAMES.types, strict=True)]
+            self._names.write(pa.record_batch(arrays, schema=_NAMES).serialize())
+
+    def save(self, state: State) -> None:
+        """Make all that was appended last, as what `state` stands for."""
+        for f in (self._ids, self._document, self._names):
+            f.flush()
+            os.fsync(f.fileno())
+        self.state = replace(state, tokens=self._ids.tell() // 4, names=self._names.tell())
+        partial = self._folder / f"{_STATE}.new"
+        partial.write_text(json.dumps({"settings": self._settings, "state": asdict(self.state)}))
+        partial.replace(self._folder / _STATE)
+
+    def read(self, name: str, places: NDArray[np.int64], width: int) -> NDArray[np.int32]:
+        """Runs of `width` saved values of `ids` or `document`, by their number: [n, width].
+
+        The file is mapped anew each time, because pages that were once read stay in memory as long as a map.
+        """
+        shape = (self.state.tokens // width, width)
+        return np.memmap(self._folder / name, np.int32, "r", shape=shape)[places]
+
+    def tail(self, width: int) -> NDArray[np.int32]:
+        """Saved document numbers after the last whole run of `width`."""
+        n = self.state.tokens % width
+        with (self._folder / "document").open("rb") as f:
+            f.seek(4 * (self.state.tokens - n))
+            return np.frombuffer(f.read(4 * n), np.int32)
+
+    def documents(self) -> Path:
+        """The names as a parquet file."""
+        path = self._folder / "documents.parquet"
+        with pq.ParquetWriter(path, _NAMES) as writer, pa.OSFile(str(self._folder / "names")) as f:
+            for batch in pa.ipc.open_stream(f):
+                writer.write_table(pa.Table.from_batches([batch]))
+        return path
+
+    def close(self) -> None:
+        """Close the files."""
+        for f in (self._ids, self._document, self._names):
+            f.close()
