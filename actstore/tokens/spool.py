@@ -158,10 +158,13 @@ class Spool:
     def read(self, name: str, places: NDArray[np.int64], width: int) -> NDArray[np.int32]:
         """Runs of `width` saved values of `ids` or `document`, by their number: [n, width].
 
-        The file is mapped anew each time, because pages that were once read stay in memory as long as a map.
+        Read one by one, because the pages of a memory map would count as this process's memory.
         """
-        shape = (self.state.tokens // width, width)
-        return np.memmap(self._folder / name, np.int32, "r", shape=shape)[places]
+        out = np.empty((len(places), width), np.int32)
+        with (self._folder / name).open("rb", buffering=0) as f:
+            for row, place in zip(out, places.tolist(), strict=True):
+                os.preadv(f.fileno(), [row.data], 4 * width * place)
+        return out
 
     def tail(self, width: int) -> NDArray[np.int32]:
         """Saved document numbers after the last whole run of `width`."""
