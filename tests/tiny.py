@@ -24,41 +24,52 @@ _SIZES = {
 }
 
 
+_MORE: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "granite": {"residual_multiplier": 0.5},
+    "mistral": {"head_dim": 16, "sliding_window": 8},
+    "olmo3": {"sliding_window": 8},
+    "qwen3": {"head_dim": 16},
+}
+
+
 def config_of(kind: str, **changes: Any) -> Any:
     """A configuration of the architecture; head_dim differs from hidden_size / heads where it can."""
-    import transformers as t
+    from transformers import AutoConfig
 
     if kind == "gemma3":
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         vision |= {"image_size": 28, "patch_size": 14}
         text = config_of("gemma3_text").to_dict()
-        return t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    classes = {
-        "gemma2": (t.Gemma2Config, {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-        "gemma3_text": (t.Gemma3TextConfig, {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-        "llama": (t.LlamaConfig, {}),
-        "qwen2": (t.Qwen2Config, {}),
-        "qwen3": (t.Qwen3Config, {"head_dim": 16}),
-        "mistral": (t.MistralConfig, {"sliding_window": 8}),
-    }
-    cls, extra = classes[kind]
-    return cls(**(_SIZES | extra | changes))
+        return AutoConfig.for_model(kind, text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return AutoConfig.for_model(kind, **(_SIZES | _MORE.get(kind, {}) | changes))
 
 
 @cache
-def model_of(kind: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Any:
-    """A random model with norms and biases that are not at their neutral values."""
+def model_of(
+    kind: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, attention: str | None = None, **changes: Any
+) -> Any:
+    """A random model with norms and biases that are not at their neutral values; attention as `load_model` has it."""
     from transformers import AutoModelForCausalLM
 
     from actstore.capture.model import attention_of
 
-    config = config_of(kind)
+    config = config_of(kind, **changes)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or attention_of(config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.05))
-    return model.to(dtype).eval()
+    for parameter in model.parameters():  # not model.to: rotary frequencies are float32 in every loaded model
+        parameter.data = parameter.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
 
 
 def tokenizer_of(text: list[str], *, bos: str | None = BOS, eos: str | None = EOS, pad: str | None = PAD) -> Any:

@@ -1,9 +1,14 @@
 """One forward pass for all sites.
 
 The pass is left by an exception from the hook that completes the set, so nothing after the deepest site runs: not the
-rest of its layer, not the final norm, not the unembedding.
+rest of its layer, not the final norm, not the unembedding. Hooks find a module's input whether it is passed by position
+or by keyword, and its output whether it comes alone or first in a tuple; both differ between versions of transformers.
+
+Attention is causal, so padding behind a sequence changes nothing. Padding before one is masked and positions count from
+the first token; only a batch that has some gets a mask, because a mask may choose other kernels and so other rounding.
 """
 
+import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from actstore.capture.sites import Hook, Site, hooks_of
 
@@ -25,50 +31,88 @@ def decoder_of(model: nn.Module) -> Any:
     return get_decoder()
 
 
+@torch.inference_mode()
+def activations(
+    model: nn.Module,
+    ids: Int[Tensor, "sequences seq_len"],
+    sites: Sequence[Site],
+    pad_id: int | None = None,
+    bos_id: int | None = None,
+) -> dict[str, Float[Tensor, "sequences seq_len _"]]:
+    """Activations of every site, by name, each [sequences, seq_len, d], on the device where they arose.
+
+    With `pad_id`, tokens behind a leading run of it get what they have without the run, within rounding; see
+    `left_padding` for `bos_id`. What sites hold at padding is finite and means nothing.
+    """
+    decoder = decoder_of(model)
+    hooks = hooks_of(model.config.model_type)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    device = decoder.embed_tokens.weight.device
+    masks = {} if pad_id is None else _masks(left_padding(ids, pad_id, bos_id), ids.shape[1])
+    with _hooked(decoder.layers, hooks, sites) as found:
+        try:
+            decoder(input_ids=ids.to(device), use_cache=False, **{k: v.to(device) for k, v in masks.items()})
+        except _CompleteError:
+            return found
+    raise AssertionError(f"the forward pass ended without {[s.name for s in sites if s.name not in found]}")
+
+
+def left_padding(
+    ids: Int[Tensor, "sequences seq_len"], pad_id: int, bos_id: int | None = None
+) -> Int[Tensor, " sequences"]:
+    """How many positions at the start of each sequence are padding; 0 where the whole sequence is.
+
+    The last of a run is the sequence's first token, not padding, unless `bos_id`, the id that begins sequences (EOS for
+    vocabularies without BOS), is given and another than `pad_id`.
+    """
+    run = (ids == pad_id).long().cumprod(1).sum(1)
+    run[run == ids.shape[1]] = 0
+    return run if bos_id not in (None, pad_id) else (run - 1).clamp(min=0)
+
+
+def _masks(padding: Int[Tensor, " sequences"], seq_len: int) -> dict[str, Int[Tensor, "sequences seq_len"]]:
+    """What the decoder must be told: nothing if no sequence begins with padding."""
+    if not padding.any():
+        return {}
+    positions = torch.arange(seq_len, device=padding.device) - padding[:, None]
+    return {"attention_mask": (positions >= 0).long(), "position_ids": positions.clamp(min=0)}
+
+
 @contextmanager
 def _hooked(layers: nn.ModuleList, hooks: dict[str, Hook], sites: Sequence[Site]) -> Generator[dict[str, Tensor]]:
+    """Collect the sites' tensors during a pass that ends with `_CompleteError`."""
     found: dict[str, Tensor] = {}
+    wanted = {site.name for site in sites}
 
     def keep(name: str, value: Tensor) -> None:
         found[name] = value
-        if len(found) == len(sites):
+        if len(found) == len(wanted):
             raise _CompleteError
 
-    def hook(module: nn.Module, site: Site, side: str) -> torch.utils.hooks.RemovableHandle:
-        def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            keep(site.name, inputs[0])
-
-        def after(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-            keep(site.name, output)
-
-        return module.register_forward_pre_hook(before) if side == "input" else module.register_forward_hook(after)
-
-    handles: list[torch.utils.hooks.RemovableHandle] = []
+    handles: list[RemovableHandle] = []
     try:
         for site in sites:
             place = hooks[site.kind]
-            handles.append(hook(layers[site.layer].get_submodule(place.module), site, place.side))
+            module = layers[site.layer].get_submodule(place.module)
+            attach = _on_input if place.side == "input" else _on_output
+            handles.append(attach(module, lambda value, name=site.name: keep(name, value)))
         yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
-@torch.inference_mode()
-def activations(
-    model: nn.Module,
-    ids: Int[Tensor, "sequences seq_len"],
-    sites: Sequence[Site],
-) -> dict[str, Float[Tensor, "sequences seq_len _"]]:
-    """Activations of every site, by name, each [sequences, seq_len, d], on the device where they arose.
+def _on_input(module: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    # the class's signature: accelerate replaces the instance's forward
+    first = list(inspect.signature(type(module).forward).parameters)[1]
 
-    Padding may only be at the end of sequences: attention is causal, so it can't reach what comes before.
-    """
-    decoder = decoder_of(model)
-    hooks = hooks_of(model.config.model_type)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    with _hooked(decoder.layers, hooks, sites) as found:
-        try:
-            decoder(input_ids=ids.to(decoder.embed_tokens.weight.device), use_cache=False)
-        except _CompleteError:
-            return found
-    raise AssertionError(f"the forward pass ended without {[s.name for s in sites if s.name not in found]}")
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(args[0] if args else kwargs[first])
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _on_output(module: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        keep(output[0] if isinstance(output, tuple) else output)
+
+    return module.register_forward_hook(hook)

@@ -18,6 +18,7 @@ from torch import nn
 from actstore.builtin import model_path
 from actstore.capture.config import DType
 from actstore.capture.forward import decoder_of
+from actstore.capture.sites import hooks_of
 from actstore.errors import CaptureError, TokensError
 from actstore.tokens.tokenizer import hub_is_out_of_reach, load_tokenizer, one_line, public_name
 
@@ -38,12 +39,14 @@ def load_model(name: str, dtype: DType = "auto", device: str = "cpu", revision: 
     """A causal language model ready for inference.
 
     `name` is a hub id, a local directory or a .gguf file; `device` a torch device, or `balanced` to spread the layers
-    over all GPUs. `CaptureError` in one line if the model is missing, incomplete or of no known form.
+    over all GPUs. `CaptureError` in one line if the model is missing, incomplete, of no known form or too big for the
+    GPUs; `ValueError`, before weights are read, if its architecture has no table of sites.
     """
     from transformers import AutoModelForCausalLM
 
     where, options = _locate(name)
     config = load_config(name)
+    hooks_of(config.model_type)
     local = model_path(name)
     if local.is_dir():
         _weight_files(name)
@@ -64,16 +67,24 @@ def load_model(name: str, dtype: DType = "auto", device: str = "cpu", revision: 
         raise CaptureError(
             f"model {name}: {len(missing)} weights are missing, for example {missing[0]}; get a whole copy"
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CaptureError(
+            f"model {name}: the GPUs there are can't hold it; use more of them, or --dtype bfloat16 if it isn't yet"
+        )
     return model.eval().requires_grad_(requires_grad=False)
 
 
 def truncate(model: nn.Module, deepest_layer: int) -> None:
-    """Free the layers after `deepest_layer` and the unembedding; the model can't predict tokens afterwards."""
+    """Free the layers after `deepest_layer`, the unembedding and a vision tower; the model can't predict afterwards."""
     decoder = decoder_of(model)
     del decoder.layers[deepest_layer + 1 :]
     decoder.config.num_hidden_layers = len(decoder.layers)
     if hasattr(model, "lm_head"):
         model.lm_head = nn.Identity()
+    whole: Any = model.base_model
+    if whole is not decoder:
+        for part in [name for name, module in whole.named_children() if module is not decoder]:
+            setattr(whole, part, nn.Identity())
 
 
 def attention_of(config: Any) -> str | None:

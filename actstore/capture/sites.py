@@ -1,18 +1,25 @@
 """Sites: named places in a model, and which module's input or output each one is.
 
-Gemma 2 and 3 put an RMSNorm after attention and one after the MLP, so what the MLP adds to the residual stream is the
-output of `post_feedforward_layernorm`, not of `mlp`. In every architecture here, with resid_mid the residual stream
-between attention and MLP:
+With resid_mid the residual stream between a layer's attention and its MLP, in every architecture here:
 
-    resid_post.L = resid_mid + mlp_out.L          the output of decoder layer L, before the final norm
+    resid_pre.0                                   what enters layer 0: the embedding, after Gemma's factor sqrt(d)
     attn_out.L                                    all heads concatenated, before W_O (Gemma Scope sec. 3.1)
-    mlp_in.L                                      the input of the MLP, after its norm: what a transcoder reads
+    mlp_in.L                                      what the MLP reads, after the norm before it: a transcoder's input
+    mlp_out.L                                     what is added to resid_mid: after the norm behind the MLP
+    resid_post.L = resid_mid + mlp_out.L          the output of layer L, before the final norm
 
-`tests/test_sites.py` holds these statements against the models' own arithmetic.
+A new architecture is one line in `ARCHITECTURES`: `_PRE_NORM`, or `_POST_NORM` if the MLP's output is normalised before
+it is added. `tests/test_sites.py` runs every statement above over the whole table, so `pytest tests/test_sites.py -k
+NAME` proves the line or refuses it: Granite, for one, scales `mlp_out` before the sum and fails. Architectures whose
+decoder has no `embed_tokens`, `layers`, `self_attn.o_proj` and `mlp`, or whose MLP runs beside attention, don't fit.
+Mixtures of experts would pass but are left out: an expert multiplies tokens of the whole batch at once, so padding and
+neighbours would change a row's rounding.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 
@@ -39,54 +46,97 @@ class Site:
 
 
 _PRE_NORM = {
-    "resid_post": Hook("", "output"),
-    "mlp_out": Hook("mlp", "output"),
+    "resid_pre": Hook("", "input"),
     "attn_out": Hook("self_attn.o_proj", "input"),
-    "mlp_in": Hook("post_attention_layernorm", "output"),
+    "mlp_in": Hook("mlp", "input"),
+    "mlp_out": Hook("mlp", "output"),
+    "resid_post": Hook("", "output"),
 }
-_SANDWICH_NORM = {
-    **_PRE_NORM,
-    "mlp_out": Hook("post_feedforward_layernorm", "output"),
-    "mlp_in": Hook("pre_feedforward_layernorm", "output"),
-}
+_POST_NORM = {**_PRE_NORM, "mlp_out": Hook("post_feedforward_layernorm", "output")}
 ARCHITECTURES: dict[str, dict[str, Hook]] = {
-    "gemma2": _SANDWICH_NORM,
-    "gemma3": _SANDWICH_NORM,
-    "gemma3_text": _SANDWICH_NORM,
+    "gemma2": _POST_NORM,
+    "gemma3": _POST_NORM,
+    "gemma3_text": _POST_NORM,
     "llama": _PRE_NORM,
     "mistral": _PRE_NORM,
+    "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "phi3": _PRE_NORM,
     "qwen2": _PRE_NORM,
     "qwen3": _PRE_NORM,
+    "smollm3": _PRE_NORM,
 }
 """Hooks by `model_type` of the model's configuration."""
+
+KINDS = tuple(_PRE_NORM)
+_RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
+
+
+def expand_sites(patterns: str | Iterable[str], config: Any) -> tuple[Site, ...]:
+    """Sites of a model with this `transformers` configuration, by layer and kind, each once however often it is named.
+
+    Patterns are a list or comma-separated: names (`mlp_out.12`), globs (`resid_post.*`, `*.12`), ranges with both ends
+    (`mlp_out.0-12`) and `all`, every kind in every layer. `ValueError` for one that matches nothing.
+    """
+    hooks_of(config.model_type)
+    layers = int(config.get_text_config().num_hidden_layers)
+    everything = [Site(i, kind) for i in range(layers) for kind in KINDS if kind != "resid_pre" or i == 0]
+    sites: set[Site] = set()
+    for pattern in _split(patterns):
+        found = _matching(pattern, everything)
+        if not found:
+            raise ValueError(
+                f"site {pattern}: this {config.model_type} model has layers 0-{layers - 1} and kinds {', '.join(KINDS)}"
+            )
+        sites.update(found)
+    return tuple(sorted(sites))
+
+
+def _matching(pattern: str, everything: Sequence[Site]) -> list[Site]:
+    kind, _, layer = pattern.partition(".")
+    if bounds := _RANGE.fullmatch(layer):
+        first, last = int(bounds[1]), int(bounds[2])
+        found = [s for s in everything if first <= s.layer <= last and fnmatchcase(s.kind, kind)]
+        return found if len({s.layer for s in found}) == last - first + 1 else []
+    if pattern != "all" and not any(c in pattern for c in "*?["):
+        parse_sites(pattern)
+    return [s for s in everything if pattern == "all" or fnmatchcase(s.name, pattern)]
 
 
 def parse_sites(names: str | Iterable[str]) -> tuple[Site, ...]:
     """Sites from names, or from one comma-separated string; `ValueError` says what is wrong with a name."""
-    parts = [part.strip() for text in ([names] if isinstance(names, str) else names) for part in text.split(",")]
     sites: list[Site] = []
-    for part in filter(None, parts):
-        kind, _, layer = part.partition(".")
-        if kind not in _PRE_NORM:
-            raise ValueError(f"unknown site kind {kind!r} in {part!r}: known are {', '.join(_PRE_NORM)}")
+    for name in _split(names):
+        kind, _, layer = name.partition(".")
+        if kind not in KINDS:
+            raise ValueError(f"unknown site kind {kind!r} in {name!r}: known are {', '.join(KINDS)}")
         if not (layer.isascii() and layer.isdigit()) or str(int(layer)) != layer:
-            raise ValueError(f"site {part!r} has no layer number: expected for example {kind}.12")
+            raise ValueError(f"site {name!r} has no layer number: expected for example {kind}.12")
+        if kind == "resid_pre" and layer != "0":
+            raise ValueError(f"site {name}: what enters layer {layer} is resid_post.{int(layer) - 1}; use that name")
         site = Site(int(layer), kind)
         if site in sites:
-            raise ValueError(f"site {part} is named twice")
+            raise ValueError(f"site {name} is named twice")
         sites.append(site)
-    if not sites:
-        raise ValueError("no sites given: expected for example resid_post.12,mlp_out.12")
     return tuple(sites)
+
+
+def _split(names: str | Iterable[str]) -> list[str]:
+    parts = [part.strip() for text in ([names] if isinstance(names, str) else names) for part in text.split(",")]
+    if not any(parts):
+        raise ValueError("no sites given: expected for example resid_post.12,mlp_out.12")
+    return [part for part in parts if part]
 
 
 def check_sites(config: Any, sites: Iterable[Site], model: str) -> dict[str, int]:
     """Width of each site in a model with this `transformers` configuration, by site name.
 
-    `ValueError` names the layers or architectures there are.
+    `ValueError` names the layers or architectures there are, or says that the model's attention is not causal.
     """
     hooks_of(config.model_type)
     text = config.get_text_config()
+    if getattr(text, "use_bidirectional_attention", False):
+        raise ValueError(f"model {model}: its attention is bidirectional, so padding would leak; use a causal model")
     widths: dict[str, int] = {}
     for site in sites:
         if site.layer >= text.num_hidden_layers:
