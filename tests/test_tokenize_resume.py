@@ -273,3 +273,38 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     peak = {int(mb): int(mib) for mb, mib in (line.split() for line in done.stdout.splitlines())}
     # 12 MB more text are 96 MB more in the spool, and as much in the table before compression.
     assert peak[16] - peak[4] < 30, peak
+
+
+READING = """
+import os, resource, sys
+import pyarrow as pa, pyarrow.parquet as pq
+from actstore.tokens.documents import batches
+from actstore.tokens.sources import list_files
+
+def apart(work):
+    pid = os.fork()
+    if not pid:
+        work()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+def write():
+    texts = pa.table({"text": [os.urandom(5000).hex() for _ in range(mb * 100)]})
+    pq.write_table(texts, path, row_group_size=1 << 30, compression="none", use_dictionary=False)
+
+def read():
+    (file,) = list_files((path,))
+    assert sum(len(b) for b in batches(file, "text")) == mb * 100
+    print(mb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, flush=True)
+
+for mb in (20, 100):
+    path = f"{sys.argv[1]}/{mb}.parquet"
+    apart(write)
+    apart(read)
+"""
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path):
+    done = subprocess.run([sys.executable, "-c", READING, str(tmp_path)], capture_output=True, text=True, check=True)
+    peak = {int(mb): int(mib) for mb, mib in (line.split() for line in done.stdout.splitlines())}
+    assert peak[100] - peak[20] < 40, peak

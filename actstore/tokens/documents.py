@@ -19,8 +19,8 @@ from actstore.tokens.sources import SourceFile
 
 BATCH_DOCUMENTS, BATCH_CHARS = 1024, 1 << 20
 """A batch of documents is encoded in parallel and ends at whichever comes first."""
-_READ_BYTES = 1 << 24
-"""Of a parquet file, decoded at once, however large its row groups are."""
+_READ_BYTES = 1 << 22
+"""Read and decoded of a parquet file at once, however large its row groups are."""
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 
@@ -92,7 +92,7 @@ def _from_table(file: SourceFile, raw: Any, text_column: str, start: int) -> Ite
 
 def _parquet_rows(file: SourceFile, raw: Any, text_column: str) -> Iterator[tuple[pa.RecordBatch, float]]:
     """Rows of the columns that are read, and each one's share of the file's bytes."""
-    table = pq.ParquetFile(raw, buffer_size=1 << 20)
+    table = pq.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False)
     columns = _columns(file, table.schema_arrow.names, text_column)
     groups, total = table.metadata.num_row_groups, table.metadata.num_rows
     size = sum(table.metadata.row_group(i).total_byte_size for i in range(groups))
