@@ -17,6 +17,15 @@ IDS = torch.randint(3, 2000, (2, 16), generator=torch.Generator().manual_seed(2)
 PADDED = torch.cat([IDS[:1], torch.cat([torch.zeros(1, 5, dtype=torch.long), IDS[1:, 5:]], dim=1)])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For models this small more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def same(found, expected) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 

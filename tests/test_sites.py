@@ -31,6 +31,15 @@ def every(function):
     return pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)(each_attention(function))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For models this small more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return torch.randint(3, VOCAB, (3, 24), generator=torch.Generator().manual_seed(1))
