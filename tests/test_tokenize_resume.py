@@ -155,6 +155,14 @@ def test_after_an_error_skipping_goes_on_and_raising_does_not(config, loaded, fo
         run(raising, loaded)
 
 
+def test_what_the_spool_did_not_write_is_left_alone(config, loaded):
+    other = Path(f"{config.out}.partial/mine")
+    other.parent.mkdir()
+    other.write_text("mine")
+    assert run(config, loaded)
+    assert [p.name for p in other.parent.iterdir()] == ["mine"]
+
+
 def test_two_runs_do_not_share_a_spool(config, loaded):
     run(config, loaded, 100)
     fd = os.open(f"{config.out}.partial", os.O_RDONLY)

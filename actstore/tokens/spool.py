@@ -10,9 +10,8 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from actstore.store.storage import LocalStorage, Storage
 from actstore.tokens.documents import Document
 
 _STATE = "state.json"
+_NAMES_PARQUET = "names-parquet"  # without the suffix that would make it a source of text
 _NAMES = pa.schema(
     {
         "document": pa.int32(),
@@ -67,12 +67,9 @@ def open_spool(storage: Storage, settings: dict[str, Any], *, may_skip: bool) ->
         try:
             yield spool
         except BaseException:
-            if not spool.state.tokens:
-                shutil.rmtree(folder)
+            spool.close(keep=bool(spool.state.tokens))
             raise
-        finally:
-            spool.close()
-        shutil.rmtree(folder)
+        spool.close(keep=False)
     finally:
         os.close(fd)
 
@@ -175,13 +172,19 @@ class Spool:
 
     def documents(self) -> Path:
         """The names as a parquet file."""
-        path = self._folder / "documents.parquet"
+        path = self._folder / _NAMES_PARQUET
         with pq.ParquetWriter(path, _NAMES) as writer, pa.OSFile(str(self._folder / "names")) as f:
             for batch in pa.ipc.open_stream(f):
                 writer.write_table(pa.Table.from_batches([batch]))
         return path
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, *, keep: bool) -> None:
+        """Close the files; delete them unless they are kept, and the directory too if nothing else is in it."""
         for f in (self._ids, self._document, self._names):
             f.close()
+        if keep:
+            return
+        for name in ("ids", "document", "names", _NAMES_PARQUET, _STATE, f"{_STATE}.new"):
+            (self._folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._folder.rmdir()
