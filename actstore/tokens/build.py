@@ -11,7 +11,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,24 +128,17 @@ def _fill(
     state, unsaved = spool.state, 0
     step = progress.step("tokenize", total=sum(f.size for f in files), unit="B")
     step.skip(state.size)
-    for batch, encoded in _encoded(_batches(files, tokenizer, config, state), tokenizer):
+    for after, documents, encoded in _encoded(_batches(files, tokenizer, config, state), tokenizer):
         ids, numbers = pack(encoded, state.documents, layout)
-        spool.append(ids, numbers, batch.documents, state.documents)
-        state = replace(
-            state,
-            file=batch.file,
-            record=batch.next_record,
-            size=state.size + batch.size,
-            documents=state.documents + len(batch.documents),
-            skipped=state.skipped + batch.skipped,
-        )
+        spool.append(ids, numbers, documents, state.documents)
         unsaved += ids.size
         if unsaved >= CHECKPOINT_TOKENS:
-            spool.save(state)
+            spool.save(after)
             unsaved = 0
-        if state.skipped:
-            step.note(f"{state.skipped} malformed documents skipped")
-        step.advance(batch.size)
+        if after.skipped:
+            step.note(f"{after.skipped} malformed documents skipped")
+        step.advance(after.size - state.size)
+        state = after
     _finish(spool, replace(state, file=len(files), record=0), layout)
 
 
@@ -159,37 +152,32 @@ def _finish(spool: Spool, state: State, layout: Layout) -> None:
         spool.save(state)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """Documents of one file that are encoded at once."""
-
-    file: int
-    documents: list[Document]
-    skipped: int
-    next_record: int
-    size: float
-
-
-def _batches(files: list[SourceFile], tokenizer: Tokenizer, config: TokenizeConfig, state: State) -> Iterator[_Batch]:
-    """What is left to do, without the malformed documents; `TokensError` at the first one unless they are skipped."""
+def _batches(
+    files: list[SourceFile], tokenizer: Tokenizer, config: TokenizeConfig, state: State
+) -> Iterator[tuple[State, list[Document]]]:
+    """What is left to do after `state`: batches without the malformed documents, and the state after each."""
     for index in range(state.file, len(files)):
         for read in batches(files[index], config.text_column, state.record if index == state.file else 0):
-            good: list[Document] = []
-            for document in read:
-                problem = document.problem or _problem(document, tokenizer, config)
-                if not problem:
-                    good.append(document)
-                elif config.on_error == "raise":
-                    raise TokensError(
-                        f"{document.place}: {problem}; put it right, or leave such documents out with --on-error skip"
-                    )
-            yield _Batch(
+            usable = [d for d in read if _usable(d, tokenizer, config)]
+            state = replace(
+                state,
                 file=index,
-                documents=good,
-                skipped=len(read) - len(good),
-                next_record=read[-1].record + 1,
-                size=sum(d.size for d in read),
+                record=read[-1].record + 1,
+                size=state.size + sum(d.size for d in read),
+                documents=state.documents + len(usable),
+                skipped=state.skipped + len(read) - len(usable),
             )
+            yield state, usable
+
+
+def _usable(document: Document, tokenizer: Tokenizer, config: TokenizeConfig) -> bool:
+    """Whether the document is well formed; `TokensError` if it is not and such are not skipped."""
+    problem = document.problem or _problem(document, tokenizer, config)
+    if problem and config.on_error == "raise":
+        raise TokensError(
+            f"{document.place}: {problem}; put it right, or leave such documents out with --on-error skip"
+        )
+    return not problem
 
 
 def _problem(document: Document, tokenizer: Tokenizer, config: TokenizeConfig) -> str:
@@ -207,22 +195,24 @@ def _problem(document: Document, tokenizer: Tokenizer, config: TokenizeConfig) -
     return ""
 
 
-def _encoded(read: Iterable[_Batch], tokenizer: Tokenizer) -> Iterator[tuple[_Batch, list[list[int]]]]:
+def _encoded(
+    read: Iterable[tuple[State, list[Document]]], tokenizer: Tokenizer
+) -> Iterator[tuple[State, list[Document], list[list[int]]]]:
     """The batches with their documents' ids, in order; one is encoded while the next is read and the last packed."""
     with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[_Batch, Future[list[list[int]]]]] = deque()
-        for batch in read:
-            waiting.append((batch, pool.submit(_ids, batch, tokenizer)))
-            if len(waiting) > _AHEAD:
-                first, ids = waiting.popleft()
-                yield first, ids.result()
-        for last, ids in waiting:
-            yield last, ids.result()
+        ahead: deque[tuple[State, list[Document], Future[list[list[int]]]]] = deque()
+        for state, documents in read:
+            ahead.append((state, documents, pool.submit(_ids, documents, tokenizer)))
+            if len(ahead) > _AHEAD:
+                first, of_first, ids = ahead.popleft()
+                yield first, of_first, ids.result()
+        for state, documents, ids in ahead:
+            yield state, documents, ids.result()
 
 
-def _ids(batch: _Batch, tokenizer: Tokenizer) -> list[list[int]]:
-    encoded = iter(tokenizer.encode([d.content for d in batch.documents if isinstance(d.content, str)]))
-    return [next(encoded) if isinstance(d.content, str) else d.content for d in batch.documents]
+def _ids(documents: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
+    encoded = iter(tokenizer.encode([d.content for d in documents if isinstance(d.content, str)]))
+    return [next(encoded) if isinstance(d.content, str) else d.content for d in documents]
 
 
 def _write(storage: Storage, spool: Spool, layout: Layout, settings: dict[str, Any], progress: Progress) -> None:

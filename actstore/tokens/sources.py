@@ -63,25 +63,25 @@ def _below(fs: Any, root: str, source: str) -> list[str]:
     for path in everything:
         folder, _, name = path.rpartition("/")
         if name == "dataset_dict.json":
-            splits = ", ".join(_read_json(fs, path, "splits", source))
+            splits = ", ".join(_listed(fs, path, "splits", source))
             raise TokensError(f"{source}: a DatasetDict of the splits {splits}; name one split's directory")
-        if name == "state.json":
-            mine = {f"{folder}/{f['filename']}" for f in _read_json(fs, path, "_data_files", source)}
+        if name != "state.json":
+            continue
+        arrow = {p for p in paths if p.endswith(".arrow") and p.rpartition("/")[0] == folder}
+        if arrow:
+            mine = {f"{folder}/{f}" for f in _listed(fs, path, "_data_files", source)}
             if not mine <= paths:
                 raise TokensError(f"{source}: {', '.join(sorted(mine - paths))} is missing; save the data set again")
-            paths -= {p for p in paths if p.rpartition("/")[0] == folder and p.endswith(".arrow")} - mine
+            paths -= arrow - mine
     return sorted(paths)
 
 
-def _read_json(fs: Any, path: str, key: str, source: str) -> list[Any]:
-    """A list out of a file of `datasets`."""
+def _listed(fs: Any, path: str, key: str, source: str) -> list[str]:
+    """The names in a JSON file that `datasets` wrote."""
     try:
-        found = json.loads(fs.cat_file(path))[key]
-        return [f if key == "splits" else {"filename": str(f["filename"])} for f in found]
+        return [str(n if key == "splits" else n["filename"]) for n in json.loads(fs.cat_file(path))[key]]
     except (ValueError, TypeError, KeyError) as e:
-        raise TokensError(
-            f"{source}: {path.rpartition('/')[2]} is none that datasets.save_to_disk writes: {e!r}"
-        ) from e
+        raise TokensError(f"{source}: {path.rpartition('/')[2]} is none that datasets.save_to_disk writes") from e
 
 
 def identities(files: list[SourceFile]) -> list[dict[str, Any]]:
