@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from tyro.extras import SubcommandApp
 
 from actstore import console
-from actstore.capture.config import CaptureConfig
+from actstore.capture.config import CaptureConfig, RepairConfig
 from actstore.progress import Progress, scaled
 from actstore.tokens.config import TokenizeConfig
 
@@ -73,6 +73,17 @@ def capture(config: OmitArgPrefixes[CaptureConfig], *, json: Json = None) -> Non
     with Progress() as progress:
         summary = run(config, progress)
     console.print_table(f"store {config.out}", vars(summary))
+    console.write_json(json, summary)
+
+
+@app.command
+def repair(url: Positional[str], config: OmitArgPrefixes[RepairConfig], *, json: Json = None) -> None:
+    """Capture again what verify --deep finds damaged, and nothing else. Run it again to continue."""
+    from actstore.capture.repair import repair as run
+
+    with Progress() as progress:
+        summary = run(url, config, progress)
+    console.print_table(f"store {url}", vars(summary))
     console.write_json(json, summary)
 
 

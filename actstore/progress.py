@@ -53,6 +53,10 @@ class Step:
         self._skipped += n
         self.advance(n)
 
+    def restart(self) -> None:
+        """Begin to count time now: what came before was getting ready."""
+        self._began = time.monotonic()
+
     def expect(self, total: float) -> None:
         """Set the number of units, where it is known only after the step began."""
         self.total = total

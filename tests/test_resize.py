@@ -144,5 +144,5 @@ def test_what_cannot_be_extended_is_refused(tmp_path):
         extend(open_storage(url), 10, ABOUT)
     write_known(tmp_path / "whole")
     extend(open_storage(tmp_path / "whole"), 10, ABOUT)
-    with pytest.raises(MismatchError, match="rows is 10, expected 11"):
+    with pytest.raises(MismatchError, match="rows is 10, asked for 11"):
         extend(open_storage(tmp_path / "whole"), 11, ABOUT)

@@ -1,9 +1,13 @@
 """A bucket's arrays out of many forward passes.
 
-Rows go straight to their permuted place, so the shuffle inside a bucket costs no extra pass over memory.
+Rows go straight to their permuted place, so the shuffle inside a bucket costs no extra pass over memory. Copying a
+batch off the device and putting its rows in place goes on while the next batch's forward pass runs; at most
+`BATCHES_IN_FLIGHT` batches wait for it.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,9 @@ from actstore.capture.sites import Site
 from actstore.store.spec import parse_encoding
 from actstore.tokens.rows import Rows, Span, rows_in
 from actstore.tokens.rule import RowRule
+
+BATCHES_IN_FLIGHT = 2
+"""Batches whose activations wait to be put in place."""
 
 
 def raw_dtype(encoding: str, model: torch.dtype) -> torch.dtype:
@@ -32,6 +39,7 @@ def bucket_rows(
     place: NDArray[np.int64],  # [rows of the span] stored place of each row
     *,
     rule: RowRule,
+    padding: tuple[int | None, int | None] = (None, None),
     batch_size: int,
     encoding: str,
     advance: Callable[[int], None] = lambda _: None,
@@ -39,23 +47,62 @@ def bucket_rows(
     """A bucket in stored order: per site [rows, d] (bfloat16 bits as uint16, or float32), and its provenance.
 
     Batches start at the bucket's first sequence, so a bucket's values do not depend on who captures it or when.
+    `padding` is the padding id and the id that begins a sequence, for sequences that are padded on the left.
     `advance` is called with the number of rows of each finished batch.
     """
     rows = rows_in(ids, rule, span)
     arrays: dict[str, NDArray[Any]] = {}
-    for start in range(0, len(ids), batch_size):
-        batch = ids[start : start + batch_size].astype(np.int64)
-        first = span.first_sequence + start
-        i, j = np.searchsorted(rows.sequence, (first, first + len(batch)))
-        chosen = torch.from_numpy((rows.sequence[i:j].astype(np.int64) - first) * ids.shape[1] + rows.position[i:j])
-        for name, values in activations(model, torch.from_numpy(batch), sites).items():
-            picked = values.flatten(0, 1)[chosen.to(values.device)]
-            bits = _raw(picked.to(raw_dtype(encoding, values.dtype)).cpu())
-            if name not in arrays:
-                arrays[name] = np.empty((span.rows, bits.shape[1]), bits.dtype)
-            arrays[name][place[i:j]] = bits  # numpy moves whole rows, twice as fast as index_copy_
-        advance(int(j - i))
+    flight: deque[Future[None]] = deque()
+
+    def put(name: str, values: Callable[[], Tensor], where: NDArray[np.int64]) -> None:
+        bits = _raw(values())
+        if name not in arrays:
+            arrays[name] = np.empty((span.rows, bits.shape[1]), bits.dtype)
+        arrays[name][where] = bits  # numpy moves whole rows, twice as fast as index_copy_
+
+    with ThreadPoolExecutor(1, thread_name_prefix="actstore-place") as placer:
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size].astype(np.int64)
+            first = span.first_sequence + start
+            i, j = np.searchsorted(rows.sequence, (first, first + len(batch)))
+            chosen = torch.from_numpy((rows.sequence[i:j].astype(np.int64) - first) * ids.shape[1] + rows.position[i:j])
+            found = activations(model, torch.from_numpy(batch), sites, pad_id=padding[0], bos_id=padding[1])
+            for name, values in found.items():
+                picked = values.flatten(0, 1)[chosen.to(values.device)].to(raw_dtype(encoding, values.dtype))
+                flight.append(placer.submit(put, name, _to_host(picked), place[i:j]))
+            while len(flight) > (BATCHES_IN_FLIGHT - 1) * len(sites):
+                flight.popleft().result()
+            advance(int(j - i))
+        for waiting in flight:
+            waiting.result()
     return arrays, Rows(*(_permuted(column, place) for column in (rows.sequence, rows.position, rows.token_id)))
+
+
+def _to_host(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor off its device; the function waits for it. Pinned memory, beside the compute stream."""
+    if values.device.type != "cuda":
+        return values.cpu
+    stream = _copy_stream(values.device)
+    stream.wait_stream(torch.cuda.current_stream(values.device))
+    with torch.cuda.stream(stream):
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    values.record_stream(stream)
+    event = stream.record_event()
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return host
+
+    return wait
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
 
 
 def _raw(values: Tensor) -> NDArray[Any]:

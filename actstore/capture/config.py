@@ -1,13 +1,49 @@
 """The settings of `actstore capture`; importing this module loads no deep-learning library."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureConfig:
+class WorkersConfig:
+    """What carries a run out; no stored value depends on it."""
+
+    workers: int = 1
+    """Model replicas, each a Ray actor; those the cluster has no room for yet start when it grows."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto: on GPUs where Ray has one for a worker."""
+    devices_per_worker: int = 1
+    """GPUs of a replica; its layers are spread over them."""
+    threads: int | None = None
+    """CPU threads per worker; default: this machine's cores divided by the workers."""
+    address: str | None = None
+    """Address of a running Ray cluster, such as auto; default: start Ray on this machine."""
+    runtime_env: Path | None = None
+    """JSON file with a Ray runtime environment for the workers, such as {"env_vars": {...}}."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers; `ValueError` names the field."""
+        for name in ("workers", "devices_per_worker", "threads", "batch_size", "rows"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.devices_per_worker > 1 and self.device == "cpu":
+            raise ValueError(f"devices_per_worker is {self.devices_per_worker}, which needs GPUs, but device is cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig(WorkersConfig):
+    """Capture again what `actstore verify --deep` condemns."""
+
+    model: str | None = None
+    """The model, as for capture; default: what the store says it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig(WorkersConfig):
     """Run a language model over a token table and keep the activations of its sites."""
 
     model: str
@@ -15,11 +51,11 @@ class CaptureConfig:
     tokens: str
     """The token table: what `actstore tokenize` wrote."""
     sites: tuple[str, ...]
-    """Sites such as resid_post.12,mlp_out.12,attn_out.12,mlp_in.12."""
+    """Sites such as resid_post.12,mlp_out.12,attn_out.12,mlp_in.12; or all, resid_post.*, *.12, mlp_out.0-12."""
     out: str
     """Where the store goes: a directory or an fsspec URL."""
-    workers: int = 1
-    """Model replicas, each a Ray actor."""
+    extend: bool = False
+    """Add these tokens to a finished store; what is there stays as it is."""
     batch_size: int = 8
     """Sequences per forward pass."""
     dtype: DType = "auto"
@@ -38,20 +74,11 @@ class CaptureConfig:
     """Key of the order of rows inside buckets."""
     rows: int | None = None
     """Capture the first so many rows only; default: all."""
-    device: str = "auto"
-    """cpu, cuda, balanced (one model over all GPUs a worker sees), or auto: cuda where Ray has a GPU per worker."""
-    threads: int | None = None
-    """CPU threads per worker; default: this machine's cores divided by the workers."""
-    address: str | None = None
-    """Address of a running Ray cluster; default: start Ray on this machine."""
     check_tokenizer: bool = True
     """Refuse tokens that another vocabulary made, where the model brings its tokenizer."""
 
     def __post_init__(self) -> None:
         """Check the numbers; `ValueError` names the field."""
-        for name in ("workers", "batch_size", "rows", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        super().__post_init__()
         if self.out.startswith("memory:") or self.tokens.startswith("memory:"):
             raise ValueError("memory:// URLs live in one process, and capture works in several; use a directory")

@@ -1,167 +1,165 @@
-"""Replicas as Ray actors: start Ray, hand out buckets, pass on what goes wrong.
+"""Replicas as Ray actors: hand out buckets, take back those of the dead.
 
-Ray places processes and replaces dead ones; that is all it is used for. Activations never enter its object store, code
-and data are never uploaded (every machine of a cluster has actstore installed), and a bucket is handed out anew when
-its worker died, because capturing it again writes the same rows.
+Ray places processes, replaces dead ones and asks its autoscaler for room. A replica gets buckets once it has started,
+at most `CALLS_IN_FLIGHT` at a time, so nothing waits for a machine that is not there; when it dies its buckets go to
+whoever is free, because capturing one again writes the same rows. Activations never enter Ray's object store.
 """
 
 import errno
-import logging
-import os
-from collections import deque
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
-from actstore.capture.config import CaptureConfig
-from actstore.capture.sites import parse_sites
+from actstore.capture.events import EventLog
+from actstore.capture.segments import Work
 from actstore.capture.worker import CALLS_IN_FLIGHT, BucketSummary, Replica, ReplicaConfig
 from actstore.errors import ActstoreError, CaptureError
-from actstore.progress import Step
-from actstore.tokens import Span
 from actstore.tokens.tokenizer import one_line
 
-CRASHES_PER_BUCKET = 5
-"""A bucket whose worker process dies more often than this fails the run; workers are replaced without limit."""
-_POLL_S = 0.5
-_OBJECT_STORE_BYTES = 100_000_000
-"""Ray's own memory; no activation goes through it."""
+CRASHES = 5
+"""A bucket whose worker dies more often than this fails the run, and so does a worker that never gets ready."""
+POLL_S = 0.5
+WAITING_S = 30.0
+"""Seconds without any worker after which the log says so."""
+
+Watch = Callable[[int, Sequence[BucketSummary], "Pool"], None]
+"""Told of the rows that left the models in this run, the buckets done, and the pool."""
 
 
-def run_buckets(
-    config: CaptureConfig, model_config: Any, todo: deque[tuple[int, Span]], step: Step
-) -> list[BucketSummary]:
-    """Capture the buckets of `todo` with their spans; `step` counts rows as they leave the model.
+class Pool:
+    """The replicas of one run; `run` is all there is to do with it."""
 
-    The first failure ends the run with a `CaptureError` (or the worker's own actstore error); what is committed stays.
-    """
-    threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
-    with _ray(config, threads) as ray:
-        device, gpus = _placement(config, ray.cluster_resources().get("GPU", 0.0))
-        replica = replica_config(config, model_config, device, threads)
-        actor = ray.remote(Replica).options(
-            num_cpus=threads,
+    def __init__(
+        self, ray: Any, replica: ReplicaConfig, log: EventLog, *, workers: int, cpus: int, gpus: int, watch: Watch
+    ) -> None:
+        """Ask Ray for `workers` replicas with so many CPUs and GPUs each."""
+        self._ray, self._log, self._watch, self._store = ray, log, watch, replica.store
+        self._replica = replica
+        self._actor = ray.remote(Replica).options(
+            num_cpus=cpus,
             num_gpus=gpus,
             max_concurrency=CALLS_IN_FLIGHT + 1,
-            max_restarts=-1,
-            max_task_retries=CRASHES_PER_BUCKET,
+            max_restarts=CRASHES,
+            max_task_retries=0,
         )
-        actors = [actor.remote(replica) for _ in range(min(config.workers, len(todo)))]
-        return _take_buckets(ray, actors, todo, step, config.out)
+        self._needs = f"{cpus} CPUs and {gpus} GPUs" if gpus else f"{cpus} CPUs"
+        self._actors = [self._actor.remote(replica) for _ in range(workers)]
+        self._proven: set[int] = set()
+        self._starts: dict[Any, int] = {}
+        self._polls: dict[Any, int] = {}
+        self._calls: dict[Any, tuple[Work, int]] = {}
+        self._rows: dict[int, int] = {}
+        self._crashes: Counter[int] = Counter()
+        self.live: set[int] = set()
+        self.losses = 0
+        """Buckets that were taken back from a dead worker."""
 
+    def run(self, todo: deque[Work]) -> list[BucketSummary]:
+        """Capture all of `todo`; the first failure that is no death ends the run, and what is committed stays."""
+        done: dict[int, BucketSummary] = {}
+        for worker in range(len(self._actors)):
+            self._start(worker)
+        alone = time.monotonic()
+        while todo or self._calls:
+            self._hand_out(todo)
+            self._poll()
+            ready, _ = self._ray.wait([*self._calls, *self._starts], num_returns=1, timeout=POLL_S)
+            for ref in ready:
+                if ref in self._starts:
+                    self._started(ref)
+                else:
+                    work, worker = self._calls.pop(ref)
+                    summary = self._result(ref, work, worker)
+                    if summary is None:
+                        todo.appendleft(work)
+                    else:
+                        done[work.bucket] = summary
+            alone = self._complain(alone)
+            in_work = sum(rows for bucket, rows in self._rows.items() if bucket not in done)
+            self._watch(sum(s.rows for s in done.values()) + in_work, list(done.values()), self)
+        return list(done.values())
 
-def replica_config(config: CaptureConfig, model_config: Any, device: str, threads: int) -> ReplicaConfig:
-    """What every replica of this run is told."""
-    from actstore.capture.model import revision_of
+    def _start(self, worker: int) -> None:
+        # unlike a bucket, this waits for as long as Ray needs to find a place
+        self._starts[self._actors[worker].start.options(max_task_retries=-1).remote()] = worker
 
-    return ReplicaConfig(
-        model=config.model,
-        revision=revision_of(model_config),
-        dtype=config.dtype,
-        device=device,
-        sites=tuple(site.name for site in parse_sites(config.sites)),
-        store=config.out,
-        batch_size=config.batch_size,
-        threads=threads,
-    )
-
-
-def _placement(config: CaptureConfig, gpus: float) -> tuple[str, int]:
-    """Torch device of every replica, and GPUs to reserve for it."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if gpus >= config.workers else "cpu"
-    if device != "balanced" and not device.startswith("cuda"):
-        return device, 0
-    if gpus < config.workers:
-        raise CaptureError(f"device {device}: Ray has {gpus:g} GPUs for {config.workers} workers; use fewer workers")
-    return device, int(gpus // config.workers) if device == "balanced" else 1
-
-
-def _take_buckets(
-    ray: Any, actors: list[Any], todo: deque[tuple[int, Span]], step: Step, out: str
-) -> list[BucketSummary]:
-    done: dict[int, BucketSummary] = {}
-    calls: dict[Any, tuple[int, Any]] = {}
-    polls: dict[Any, Any] = {}
-    running: dict[int, int] = {}
-    skipped = step.done
-
-    def submit(actor: Any) -> None:
-        if todo:
-            bucket, span = todo.popleft()
-            calls[actor.capture.remote(bucket, span)] = (bucket, actor)
-
-    for _ in range(CALLS_IN_FLIGHT):
-        for actor in actors:
-            submit(actor)
-    while calls:
-        polls |= {a.rows_done.remote(): a for a in actors if a not in polls.values()}
-        finished, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S)
-        for call in finished:
-            bucket, actor = calls.pop(call)
-            done[bucket] = _result(ray, call, bucket, out)
-            submit(actor)
-        answered, _ = ray.wait(list(polls), num_returns=len(polls), timeout=0)
-        for poll in answered:
-            del polls[poll]
-            with suppress(ray.exceptions.RayError):  # the actor died: its calls tell, or are retried
-                running.update(ray.get(poll))
-        seen = sum(s.rows for s in done.values()) + sum(rows for b, rows in running.items() if b not in done)
-        if fresh := skipped + seen - step.done:
-            step.advance(fresh)
-    return list(done.values())
-
-
-def _result(ray: Any, call: Any, bucket: int, out: str) -> BucketSummary:
-    try:
-        return ray.get(call)
-    except ray.exceptions.RayTaskError as e:
-        cause = e.cause
-        if isinstance(cause, ActstoreError):
-            raise cause from None
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-            message = f"no space left at {out}; committed buckets are kept: free some space and run this again"
-        else:
-            message = f"bucket {bucket} failed in a worker: {type(cause).__name__}: {one_line(cause)}"
-        raise CaptureError(message) from cause
-    except ray.exceptions.RayError as e:  # the process died, over and over
-        raise CaptureError(
-            f"the worker of bucket {bucket} died {CRASHES_PER_BUCKET + 1} times, most likely out of memory; lower "
-            "--bucket-rows, --batch-size or --workers; committed buckets are kept"
-        ) from e
-
-
-@contextmanager
-def _ray(config: CaptureConfig, threads: int) -> Generator[Any]:
-    """Ray, quiet and without uploads: a cluster's, the caller's own, or one for this run on this machine."""
-    for name, value in (
-        ("RAY_USAGE_STATS_ENABLED", "0"),
-        ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"),
-        ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
-    ):
-        os.environ.setdefault(name, value)
-    import ray
-
-    if ray.is_initialized():
-        yield ray
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.address:
+    def _started(self, ref: Any) -> None:
+        worker = self._starts.pop(ref)
         try:
-            ray.init(address=config.address, **quiet)
-        except (ConnectionError, ValueError) as e:
-            raise CaptureError(f"no Ray cluster answers at {config.address}: {one_line(e)}") from e
-    else:
-        cpus = threads * config.workers
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **quiet,
-        )
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+            where = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as e:
+            raise _plain(e, f"worker {worker}", self._store) from e
+        except self._ray.exceptions.RayError as e:
+            if worker not in self._proven:
+                raise CaptureError(
+                    f"worker {worker} died {CRASHES + 1} times before it was ready: {one_line(e)}; see that actstore "
+                    "runs on every machine, and that the model fits in memory"
+                ) from e
+            self._proven.discard(worker)
+            self._actors[worker] = self._actor.remote(self._replica)
+            self._start(worker)
+            return
+        self._proven.add(worker)
+        self.live.add(worker)
+        self._log.write("worker", worker=worker, **where)
+
+    def _hand_out(self, todo: deque[Work]) -> None:
+        busy = Counter(worker for _, worker in self._calls.values())
+        for load in range(CALLS_IN_FLIGHT):
+            for worker in sorted(self.live):
+                if todo and busy[worker] == load:
+                    work = todo.popleft()
+                    self._rows.pop(work.bucket, None)
+                    self._calls[self._actors[worker].capture.remote(work)] = (work, worker)
+                    busy[worker] += 1
+
+    def _poll(self) -> None:
+        answered, _ = self._ray.wait(list(self._polls), num_returns=max(len(self._polls), 1), timeout=0)
+        for ref in answered:
+            del self._polls[ref]
+            with suppress(self._ray.exceptions.RayError):  # a dead worker's calls tell
+                self._rows.update(self._ray.get(ref))
+        asked = set(self._polls.values())
+        self._polls |= {self._actors[w].rows_done.remote(): w for w in self.live if w not in asked}
+
+    def _result(self, ref: Any, work: Work, worker: int) -> BucketSummary | None:
+        """What became of a bucket; None if its worker died, which then has to start again."""
+        try:
+            summary: BucketSummary = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as e:
+            raise _plain(e, f"bucket {work.bucket}", self._store) from e
+        except self._ray.exceptions.RayError as e:
+            self._crashes[work.bucket] += 1
+            self.losses += 1
+            self._log.write("lost", bucket=work.bucket, worker=worker, error=one_line(e))
+            if self._crashes[work.bucket] > CRASHES:
+                raise CaptureError(
+                    f"the worker of bucket {work.bucket} died {CRASHES + 1} times, most likely out of "
+                    "memory; lower --bucket-rows, --batch-size or --workers; committed buckets are kept"
+                ) from e
+            if worker in self.live:
+                self.live.discard(worker)
+                self._start(worker)
+            return None
+        self._log.write("bucket", worker=worker, **vars(summary))
+        return summary
+
+    def _complain(self, alone: float) -> float:
+        """Say it where no worker has a place; returns since when that is."""
+        now = time.monotonic()
+        if self.live or now - alone < WAITING_S:
+            return now if self.live else alone
+        self._log.write("waiting", needs=self._needs)
+        return now
+
+
+def _plain(error: Any, what: str, store: str) -> ActstoreError:
+    """A worker's own error in one line."""
+    cause = error.cause
+    if isinstance(cause, ActstoreError):
+        return cause
+    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        return CaptureError(f"no space left at {store}; committed buckets are kept: free some space and run this again")
+    return CaptureError(f"{what} failed in a worker: {type(cause).__name__}: {one_line(cause)}")

@@ -4,49 +4,37 @@ Whatever can be refused is refused before Ray starts or a model is loaded. The s
 state: a run that was interrupted, or killed, is continued by running the same command again.
 """
 
-import math
 import shutil
-import time
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
 from actstore.builtin import NAME, model_path
 from actstore.capture.config import CaptureConfig
-from actstore.capture.pool import run_buckets
-from actstore.capture.sites import check_sites, parse_sites
-from actstore.capture.worker import BucketSummary
-from actstore.errors import CaptureError
+from actstore.capture.execute import Outcome, Plan, execute
+from actstore.capture.segments import open_segments, segment_prefix, work_of
+from actstore.capture.sites import check_sites, expand_sites
+from actstore.errors import CaptureError, mismatch
 from actstore.progress import Progress
-from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
+from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store, open_writer
+from actstore.store.manifest import extents_apart, read_spec
+from actstore.store.resize import extend, extensions
+from actstore.store.spec import comparable
 from actstore.store.storage import LocalStorage, open_storage
-from actstore.tokens import TokenTable, copy_tokens, open_tokens, row_starts, span_of
+from actstore.tokens import TokenTable, copy_tokens, open_tokens, row_starts
 
 LEAST_BYTES_PER_VALUE = {"bf16": 4 / 3, "f32": 4 / 3, "fixed": 1 / 4}
 """No lossless encoding of bfloat16 activations is smaller: their entropy is about 10.7 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureSummary:
+class CaptureSummary(Outcome):
     """What a run did."""
 
     store: str
     rows: int
     """Rows of the store, now complete."""
-    buckets: int
-    """Captured by this run."""
     buckets_before: int
     """Committed when this run began."""
-    rows_captured: int
-    """By this run."""
-    bytes_stored: int
-    """By this run."""
-    seconds: float
-    tokens_per_s: float
-    """Rows captured by this run per second of it, starting Ray and loading the model included."""
-    forward_s: float
-    """Summed over buckets, as is `write_s`; the two overlap."""
-    write_s: float
 
 
 def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
@@ -55,42 +43,46 @@ def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
     `ValueError` for sites the model does not have; `CaptureError` if model, tokens and machine do not go together, or a
     worker failed; `TokensError`, `MismatchError` and `StoreError` as their names say. Safe to interrupt at any point.
     """
-    began = time.monotonic()
     config = _with_absolute_paths(config)
     model_config = _load_config(config.model)
-    widths = check_sites(model_config, parse_sites(config.sites), config.model)
+    sites = expand_sites(config.sites, model_config)
+    widths = check_sites(model_config, sites, config.model)
     tokens = open_tokens(config.tokens)
     _check_tokens(config, tokens, model_config)
     starts = row_starts(tokens)
     spec = _store_spec(config, widths, tokens, min(config.rows or int(starts[-1]), int(starts[-1])), model_config)
+    plan = Plan(config=config, model=config.model, dtype=config.dtype, batch_size=config.batch_size, store=config.out)
+    plan.check_memory(spec, tokens.seq_len, model_config)
     _check_disk(config.out, spec)
-    writer = create_store(config.out, spec)
-    copy_tokens(tokens, writer.storage)
+    writer = _extended(config, spec) if config.extend else create_store(config.out, spec)
+    index = len(extensions(writer.spec)) if config.extend else 0
+    copy_tokens(tokens, writer.storage, segment_prefix(index))
+    segment = open_segments(writer.storage, writer.spec)[index]
     before = writer.committed()
-    todo = deque((b, span_of(starts, *writer.bucket_range(b))) for b in range(writer.buckets) if b not in before)
-    done: list[BucketSummary] = []
-    if todo:
-        step = progress.step("capture", total=spec.rows, unit="rows")
-        step.skip(spec.rows - sum(span.rows for _, span in todo))
-        done = run_buckets(config, model_config, todo, step)
-    writer.finalise()
-    return _summary(writer, done, len(before), time.monotonic() - began)
+    buckets = (b for b in range(segment.first_bucket, segment.stop_bucket) if b not in before)
+    work = work_of(writer.spec, index, segment, starts, buckets)
+    outcome = execute(plan, writer, work, model_config, progress, verb="capture")
+    return CaptureSummary(store=writer.url, rows=writer.spec.planned_rows, buckets_before=len(before), **vars(outcome))
 
 
-def _summary(writer: StoreWriter, done: list[BucketSummary], before: int, seconds: float) -> CaptureSummary:
-    rows = sum(s.rows for s in done)
-    return CaptureSummary(
-        store=writer.url,
-        rows=writer.spec.rows,
-        buckets=len(done),
-        buckets_before=before,
-        rows_captured=rows,
-        bytes_stored=sum(s.bytes_stored for s in done),
-        seconds=seconds,
-        tokens_per_s=rows / max(seconds, 1e-9),
-        forward_s=math.fsum(s.forward_s for s in done),
-        write_s=math.fsum(s.write_s for s in done),
-    )
+def _extended(config: CaptureConfig, wanted: StoreSpec) -> StoreWriter:
+    """The store with these tokens planned in addition; everything else must be as it is there."""
+    storage = open_storage(config.out)
+    found = read_spec(storage)
+    about = {"tokens": wanted.provenance["tokens"]}
+    if found.provenance.get("tokens") == about["tokens"]:
+        raise CaptureError(f"{storage.url} has these tokens already; --extend is for others")
+    here, asked = (_without_tokens(spec) for spec in (found, wanted))
+    if here != asked:
+        remedy = "An extension has the settings of the store it extends."
+        raise mismatch(f"the store at {storage.url}", comparable(here), comparable(asked), remedy)
+    extend(storage, wanted.rows, about)
+    return open_writer(config.out)
+
+
+def _without_tokens(spec: StoreSpec) -> StoreSpec:
+    apart = extents_apart(spec)
+    return replace(apart, provenance={k: v for k, v in apart.provenance.items() if k != "tokens"})
 
 
 def _load_config(model: str) -> Any:

@@ -1,18 +1,19 @@
 """A replica: one model that turns buckets into committed objects.
 
-`capture` runs in two threads at a time and a lock admits one of them to the model, so one bucket is encoded and written
-while the next one's forward passes run. Memory is at most two buckets, `2 * bucket_rows * sum(d) * 2 bytes` for bf16,
-and the model. Each call keeps its own exception; activations leave through the store only.
+`capture` runs in two threads at a time and a lock admits one of them to the model, so one bucket is encoded and put
+while the next one's forward passes run. `actstore.capture.memory` states what that takes. Each call keeps its own
+exception; activations leave through the store only.
 """
 
+import os
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from actstore.capture.config import DType
+from actstore.capture.segments import Work
 from actstore.errors import mismatch
-from actstore.tokens.rows import Span
 
 CALLS_IN_FLIGHT = 2
 """Calls of `capture` that a replica may be given at a time: what bounds its memory to two buckets."""
@@ -26,7 +27,6 @@ class ReplicaConfig:
     revision: str | None
     dtype: DType
     device: str
-    sites: tuple[str, ...]
     store: str
     batch_size: int
     threads: int
@@ -40,8 +40,13 @@ class BucketSummary:
     rows: int
     bytes_stored: int
     """0 if another attempt had committed the bucket."""
+    mended: bool
+    """Whether only damaged objects were put again, because the rows came out as they were."""
     forward_s: float
     write_s: float
+    encode_s: float
+    """Per encoding thread, as is `put_s` per thread that puts: how long the stage would have taken alone."""
+    put_s: float
 
 
 @dataclass
@@ -49,8 +54,9 @@ class _Loaded:
     """Everything that takes long to open."""
 
     model: Any
+    sites: Any
     writer: Any
-    tokens: Any
+    segments: Any
 
 
 @dataclass
@@ -62,65 +68,113 @@ class Replica:
     _rows: dict[int, int] = field(default_factory=dict[int, int])
     _loaded: _Loaded | None = None
 
+    def start(self) -> dict[str, Any]:
+        """Load the model and open the store; says where it runs, for the log."""
+        began = time.perf_counter()
+        self._load()
+        return {"pid": os.getpid(), "host": os.uname().nodename, "seconds": round(time.perf_counter() - began, 3)}
+
     def rows_done(self) -> dict[int, int]:
         """Rows that went through the model, by bucket; for progress."""
         return dict(self._rows)
 
-    def capture(self, bucket: int, span: Span) -> BucketSummary:
-        """Run the model over a bucket's sequences, store its rows and commit it."""
+    def capture(self, work: Work) -> BucketSummary:
+        """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is mended."""
+        from actstore.store.writer import WriteTimes
+
         with self._forward:
-            loaded = self._load()
-            from actstore.capture.bucket import bucket_rows
-            from actstore.capture.sites import parse_sites
-
-            writer, tokens = loaded.writer, loaded.tokens
             began = time.perf_counter()
-            self._rows[bucket] = 0
-
-            def advance(rows: int) -> None:
-                self._rows[bucket] += rows
-
-            arrays, rows = bucket_rows(
-                loaded.model,
-                parse_sites(self.config.sites),
-                tokens.ids(span.first_sequence, span.stop_sequence),
-                span,
-                writer.permutation(bucket),
-                rule=tokens.rule,
-                batch_size=self.config.batch_size,
-                encoding=next(iter(writer.spec.sites.values())).encoding,
-                advance=advance,
-            )
+            loaded, data = self._load(), self._rows_of(work)
             forward_s = time.perf_counter() - began
-        began = time.perf_counter()
-        record = writer.write_bucket(
-            bucket, arrays, sequence=rows.sequence, position=rows.position, token_id=rows.token_id
+        began, times, writer = time.perf_counter(), WriteTimes(), loaded.writer
+        mended = False
+        if work.keys:
+            from actstore.store.repair import mend_bucket
+
+            mended = mend_bucket(writer, work.bucket, data, work.keys)
+        record = None if mended else writer.write_arrays(work.bucket, data, condemned=bool(work.keys), times=times)
+        return BucketSummary(
+            bucket=work.bucket,
+            rows=work.span.rows,
+            bytes_stored=record.stored_bytes(writer.spec) if record else 0,
+            mended=mended,
+            forward_s=forward_s,
+            write_s=time.perf_counter() - began,
+            encode_s=times.encode_s / writer.threads,
+            put_s=times.put_s / writer.puts,
         )
-        write_s = time.perf_counter() - began
-        return BucketSummary(bucket, span.rows, record.stored_bytes(writer.spec) if record else 0, forward_s, write_s)
+
+    def _rows_of(self, work: Work) -> dict[str, Any]:
+        """All arrays of a bucket, in stored order."""
+        from actstore.capture.bucket import bucket_rows
+
+        assert self._loaded
+        loaded, segment = self._loaded, self._loaded.segments[work.segment]
+        tokens, span = segment.tokens, work.span
+        self._rows[work.bucket] = 0
+
+        def advance(rows: int) -> None:
+            self._rows[work.bucket] += rows
+
+        sites, rows = bucket_rows(
+            loaded.model,
+            loaded.sites,
+            tokens.ids(span.first_sequence, span.stop_sequence),
+            span,
+            loaded.writer.permutation(work.bucket),
+            rule=tokens.rule,
+            padding=(tokens.pad_id, tokens.eos_id if tokens.bos_id is None else tokens.bos_id),
+            batch_size=self.config.batch_size,
+            encoding=next(iter(loaded.writer.spec.sites.values())).encoding,
+            advance=advance,
+        )
+        sequence = rows.sequence + segment.first_sequence
+        return {**sites, "sequence": sequence, "position": rows.position, "token_id": rows.token_id}
 
     def _load(self) -> _Loaded:
         if self._loaded is None:
+            from actstore.capture.segments import open_segments
+            from actstore.capture.sites import parse_sites
             from actstore.store import open_writer
-            from actstore.tokens import open_tokens
 
             writer = open_writer(self.config.store, threads=self.config.threads)
-            tokens = open_tokens(writer.storage, "tokens/")
-            self._loaded = _Loaded(_load_model(self.config, writer.spec.provenance["model"]), writer, tokens)
+            segments = open_segments(writer.storage, writer.spec)
+            self._loaded = _Loaded(
+                model=load_replica(self.config, writer.spec, max(s.tokens.seq_len for s in segments)),
+                sites=parse_sites(writer.spec.sites),
+                writer=writer,
+                segments=segments,
+            )
         return self._loaded
 
 
-def _load_model(config: ReplicaConfig, recorded: dict[str, Any]) -> Any:
-    """The model, cut off after its deepest site; it must be the one that the store was created for."""
+def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
+    """The model, cut off after its deepest site; it must be the one that the store was created for, and fit."""
+    import psutil
     import torch
 
-    from actstore.capture.model import load_config, load_model, model_identity, truncate
+    from actstore.capture.memory import check_memory, needs
+    from actstore.capture.model import load_config, load_model, model_identity, resolve_dtype, truncate
     from actstore.capture.sites import parse_sites
+    from actstore.store.storage import LocalStorage, open_storage
 
-    here = model_identity(config.model, load_config(config.model), config.dtype)
-    if here != recorded:
-        raise mismatch("the model on this worker", here, recorded, "Give every worker the same model and versions.")
+    model_config = load_config(config.model)
+    here = model_identity(config.model, model_config, config.dtype)
+    if here != spec.provenance["model"]:
+        remedy = "Give every worker the same model and versions."
+        raise mismatch("the model on this worker", here, spec.provenance["model"], remedy)
+    needed = needs(
+        spec,
+        model_config,
+        dtype_bytes=resolve_dtype(config.model, model_config, config.dtype).itemsize,
+        seq_len=seq_len,
+        batch_size=config.batch_size,
+        threads=config.threads,
+        local=isinstance(open_storage(config.store), LocalStorage),
+        on_gpu=config.device != "cpu",
+    )
+    check_memory(needed, 1, spec.shard_rows, resident=psutil.Process().memory_info().rss)
     torch.set_num_threads(config.threads)
     model = load_model(config.model, config.dtype, config.device, config.revision)
-    truncate(model, max(site.layer for site in parse_sites(config.sites)))
+    truncate(model, max(site.layer for site in parse_sites(spec.sites)))
     return model

@@ -306,9 +306,8 @@ class ActivationWriter:
         """Write a bucket in the background, once the one before it is done."""
         self._settle()
         arrays = {name: a[:rows] for name, a in bucket.arrays.items()}
-        provenance = {name: arrays.pop(name) for name in PROVENANCE_ARRAYS}
         self._filling = None
-        self._flight = bucket, self._pool.submit(self._writer.write_bucket, bucket.number, arrays, **provenance)
+        self._flight = bucket, self._pool.submit(self._writer.write_arrays, bucket.number, arrays)
 
     def _settle(self) -> None:
         """Wait for the bucket being written; raises what went wrong there."""

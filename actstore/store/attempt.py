@@ -31,8 +31,11 @@ class Attempt:
         self._version = ""
 
     @classmethod
-    def begin(cls, storage: Storage, spec: StoreSpec, bucket: int) -> "Attempt | None":
-        """Announce an attempt, taking over from whoever was at it; None if the bucket is committed."""
+    def begin(cls, storage: Storage, spec: StoreSpec, bucket: int, *, condemned: bool = False) -> "Attempt | None":
+        """Announce an attempt, taking over from whoever was at it; None if the bucket is committed.
+
+        A `condemned` bucket is taken over whatever its commit object says.
+        """
         attempt = cls(storage, bucket)
         for _ in range(SWAPS):
             if storage.create(attempt._key, attempt._intent):
@@ -40,9 +43,10 @@ class Attempt:
             seen = storage.stat(attempt._key)
             if seen is None:
                 continue
-            present = record.from_bytes(storage.get(attempt._key, METADATA_LIMIT), spec, bucket)
-            if isinstance(present, record.CommitRecord):
-                return None
+            if not condemned:
+                present = record.from_bytes(storage.get(attempt._key, METADATA_LIMIT), spec, bucket)
+                if isinstance(present, record.CommitRecord):
+                    return None
             if storage.replace(attempt._key, attempt._intent, seen.version):
                 return attempt if attempt._hold() else None
         raise StoreError(f"{storage.url}/{attempt._key} changed {SWAPS} times; too many attempts at one bucket")

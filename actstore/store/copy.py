@@ -283,8 +283,7 @@ class _Copy:
     def _encode(self, place: int, bucket: int) -> bool:
         """Write a bucket's values in other encodings; False if somebody else was at the bucket."""
         rows = {name: BucketRows(self._values(name), self.source, name, place) for name in self.arrays}
-        provenance = {name: rows.pop(name) for name in PROVENANCE_ARRAYS}
-        made = self.writer.write_bucket(bucket, rows, **provenance)
+        made = self.writer.write_arrays(bucket, rows)
         self._advance(_bucket_bytes(self.source, place))
         return made is not None
 

@@ -8,6 +8,7 @@ from untrusted bytes, so every field is checked before it is used.
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -414,3 +415,19 @@ def load_sealed(data: bytes, where: str) -> Any:
     if not sealed:
         raise IntegrityError(f"{where}: has no readable {SEAL}; it is damaged, or not actstore's")
     return parsed
+
+
+def comparable(spec: StoreSpec) -> dict[str, object]:
+    """The spec as dotted names with plain values, for comparing field by field."""
+    sites = {name: f"{s.encoding}[{s.d}]" for name, s in spec.sites.items()}
+    return _flat({**vars(spec), "sites": sites})
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -10,9 +10,10 @@ attempt's. So an attempt that was overtaken can neither commit nor change a shar
 import os
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from actstore.store.spec import (
     StoreSpec,
     arrays,
     calibration_key,
+    comparable,
     group_metadata,
     metadata_objects,
 )
@@ -39,6 +41,14 @@ from actstore.store.storage import LocalStorage, Storage, check_conditional_writ
 
 LOCAL_PUTS, REMOTE_PUTS = 2, 8
 """Shards that are being put while others are encoded; each has a buffer of its own."""
+
+
+@dataclass
+class WriteTimes:
+    """Seconds of threads, summed over shards: what tells a slow encoder from a slow storage."""
+
+    encode_s: float = 0.0
+    put_s: float = 0.0
 
 
 class Rows(Protocol):
@@ -69,7 +79,7 @@ class StoreWriter:
         self.threads = threads or os.cpu_count() or 1
         self._arrays = arrays(spec)
         self._calibrations: dict[str, fixed.Calibration] = {}
-        self._puts = LOCAL_PUTS if isinstance(storage, LocalStorage) else REMOTE_PUTS
+        self.puts = LOCAL_PUTS if isinstance(storage, LocalStorage) else REMOTE_PUTS
 
     @property
     def url(self) -> str:
@@ -96,21 +106,28 @@ class StoreWriter:
     def write_bucket(
         self, bucket: int, sites: Mapping[str, Rows], *, sequence: Rows, position: Rows, token_id: Rows
     ) -> record.CommitRecord | None:
+        """`write_arrays` of sites and provenance."""
+        data = {**sites, "sequence": sequence, "position": position, "token_id": token_id}
+        return self.write_arrays(bucket, data)
+
+    def write_arrays(
+        self, bucket: int, data: Mapping[str, Rows], *, condemned: bool = False, times: WriteTimes | None = None
+    ) -> record.CommitRecord | None:
         """Store a bucket and commit it.
 
-        Every array is in stored order (see `permutation`): `sites[name]` is [n, d], as bfloat16 bits (uint16) for
-        `bf16`, float32 for `f32`, either for `fixed`; the others are int32 [n]. Returns the record, or None if another
-        attempt committed the bucket first or took it over. `EncodingError` names the row whose value has no code.
+        Every array is in stored order (see `permutation`): sites are [n, d], as bfloat16 bits (uint16) for `bf16`,
+        float32 for `f32`, either for `fixed`; provenance is int32 [n]. Returns the record, or None if another attempt
+        committed the bucket first or took it over. A `condemned` bucket is written again although it is committed.
+        `times` is added to. `EncodingError` names the row whose value has no code.
         """
-        data = {**sites, "sequence": sequence, "position": position, "token_id": token_id}
         first, stop = self.spec.bucket_range(bucket)
         self._check(data, stop - first)
-        attempt = Attempt.begin(self.storage, self.spec, bucket)
+        attempt = Attempt.begin(self.storage, self.spec, bucket, condemned=condemned)
         if attempt is None:
             return None
         calibrations = {name: self._calibration(name, bucket, data[name]) for name in self._fixed_sites()}
         try:
-            shards, sums = self._write_shards(bucket, data, attempt)
+            shards, sums = self._write_shards(bucket, data, attempt, times or WriteTimes())
         except OvertakenError:
             return None
         made = record.CommitRecord(
@@ -134,17 +151,20 @@ class StoreWriter:
                 raise ValueError(f"{name} is {data[name].dtype}{data[name].shape}, expected {expected}")
 
     def _write_shards(
-        self, bucket: int, data: Mapping[str, Rows], attempt: Attempt
+        self, bucket: int, data: Mapping[str, Rows], attempt: Attempt, times: WriteTimes
     ) -> tuple[dict[str, tuple[record.ShardRecord, ...]], dict[str, stats.Sums]]:
         """Encode in `threads` threads, put in others; what is encoded but not yet put is bounded."""
         first, stop = self.spec.bucket_range(bucket)
         buffers, failed = self._buffers, threading.Event()
         jobs: dict[str, list[Future[encoder.Encoded]]] = {name: [] for name in self._arrays}
-        puts: list[Future[None]] = []
+        puts: list[Future[float]] = []
+        encoding: list[float] = []
 
-        def put(key: str, buffer: NDArray[np.uint8], size: int) -> None:
+        def put(key: str, buffer: NDArray[np.uint8], size: int) -> float:
+            began = time.perf_counter()
             try:
                 attempt.put(key, [buffer[:size].data])
+                return time.perf_counter() - began
             except BaseException:
                 failed.set()
                 raise
@@ -152,9 +172,11 @@ class StoreWriter:
                 buffers.put(buffer)
 
         def encode(array: ArraySpec, start: int, buffer: NDArray[np.uint8]) -> encoder.Encoded:
+            began = time.perf_counter()
             try:
                 rows = data[array.name][start : start + array.shard_rows]
-                made = self._encode(array, rows, bucket, start, buffer)
+                made = self.encode(array, rows, bucket, start, buffer)
+                encoding.append(time.perf_counter() - began)
             except BaseException:
                 failed.set()
                 buffers.put(buffer)
@@ -162,7 +184,7 @@ class StoreWriter:
             puts.append(putters.submit(put, array.shard_key((first + start) // array.shard_rows), buffer, made.size))
             return made
 
-        with ThreadPoolExecutor(self._puts, thread_name_prefix="actstore-put") as putters:
+        with ThreadPoolExecutor(self.puts, thread_name_prefix="actstore-put") as putters:
             with ThreadPoolExecutor(self.threads, thread_name_prefix="actstore-encode") as encoders:
                 for array in self._arrays.values():
                     for start in range(0, stop - first, array.shard_rows):
@@ -172,8 +194,8 @@ class StoreWriter:
                         else:
                             jobs[array.name].append(encoders.submit(encode, array, start, buffer))
             done = {name: [job.result() for job in found] for name, found in jobs.items()}
-        for finished in puts:
-            finished.result()
+        times.put_s += sum(finished.result() for finished in puts)
+        times.encode_s += sum(encoding)
         shards = {name: tuple(e.shard for e in found) for name, found in done.items()}
         return shards, {s: reduce(stats.add, [e.sums for e in done[s] if e.sums]) for s in self.spec.sites}
 
@@ -182,17 +204,19 @@ class StoreWriter:
         """Memory for the shards in flight, kept from bucket to bucket."""
         size = max(encoder.buffer_bytes(array) for array in self._arrays.values())
         free: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
-        for _ in range(self.threads + self._puts):
+        for _ in range(self.threads + self.puts):
             free.put(np.empty(size, np.uint8))
         return free
 
-    def _encode(
+    def encode(
         self, array: ArraySpec, rows: NDArray[Any], bucket: int, start: int, out: NDArray[np.uint8]
     ) -> encoder.Encoded:
+        """One shard of a bucket: rows from place `start` of it to the start of `out`, see `encode_shard`."""
         try:
             if array.name in PROVENANCE_ARRAYS:
                 return encoder.encode_shard(array, rows, out)
-            calibration = self._calibrations.get(array.name)
+            site = self.spec.sites[array.name]
+            calibration = self._calibration(array.name, bucket, rows) if site.kind == "fixed" else None
             return encoder.encode_shard(array, rows, out, with_sums=True, calibration=calibration)
         except encoder.NotFiniteError as e:
             raise self._not_finite(array.name, bucket, start + e.row) from e
@@ -241,7 +265,7 @@ class StoreWriter:
 
         def changed(found: StoreSpec) -> StoreSpec:
             if found not in (self.spec, spec):
-                raise mismatch(f"the store at {self.url}", _comparable(found), _comparable(self.spec), "Open it again.")
+                raise mismatch(f"the store at {self.url}", comparable(found), comparable(self.spec), "Open it again.")
             return spec
 
         self.spec = change_spec(self.storage, changed)
@@ -269,8 +293,8 @@ def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int |
     if (found := manifest.read_spec(storage)) != spec:
         raise mismatch(
             f"the store at {storage.url}",
-            _comparable(found),
-            _comparable(spec),
+            comparable(found),
+            comparable(spec),
             remedy="Use the same settings to continue it, or another --out.",
         )
     check_conditional_writes(storage, GROUP_KEY)
@@ -281,19 +305,3 @@ def open_writer(url: str | os.PathLike[str], *, threads: int | None = None) -> S
     """Open an existing store for writing."""
     storage = open_storage(url)
     return StoreWriter(storage, manifest.read_spec(storage), threads=threads)
-
-
-def _comparable(spec: StoreSpec) -> dict[str, object]:
-    """The spec as dotted names with plain values, for comparing field by field."""
-    sites = {name: f"{s.encoding}[{s.d}]" for name, s in spec.sites.items()}
-    return _flat({**vars(spec), "sites": sites})
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in data.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -1,0 +1,97 @@
+"""`repair`: capture again exactly what `verify --deep` condemns.
+
+Model, precision and batch size are what the store's provenance says, so on the same kind of machine a bucket comes out
+bit for bit as it was, and only its damaged objects are put (`actstore.store.repair`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from actstore.builtin import model_path
+from actstore.capture.config import RepairConfig
+from actstore.capture.execute import Outcome, Plan, execute
+from actstore.capture.segments import Work, open_segments, work_of
+from actstore.capture.sites import check_sites, parse_sites
+from actstore.errors import StoreError
+from actstore.progress import Progress
+from actstore.store import StoreSpec, StoreWriter
+from actstore.store.manifest import read_spec
+from actstore.store.repair import condemned, mend_metadata
+from actstore.store.storage import LocalStorage, open_storage
+from actstore.store.verify import verify
+from actstore.tokens import row_starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairSummary(Outcome):
+    """What a repair did."""
+
+    store: str
+    damaged_objects: int
+    made_anew: int
+    """Array metadata and manifests, which follow from the rest."""
+
+
+def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
+    """Mend a damaged store; harmless where nothing is damaged, safe to interrupt and run again.
+
+    `StoreError` if something is damaged that can't be made again, before anything is changed; `CaptureError` and
+    `MismatchError` if the model is not there, or another one.
+    """
+    storage = open_storage(url)
+    spec = read_spec(storage)
+    step = progress.step("verify", total=1, unit="rows")
+    damage = verify(storage, deep=True, begin=step.expect, advance=step.advance).damage
+    found = condemned(spec, damage)
+    if found.lost:
+        raise StoreError(
+            f"{storage.url}: {len(found.lost)} damaged objects can't be made again, for example {found.lost[0].key}: "
+            f"{found.lost[0].problem}; take them from a copy of the store. Nothing was changed"
+        )
+    root = str(storage.root.resolve()) if isinstance(storage, LocalStorage) else url
+    writer = StoreWriter(storage, spec, threads=config.threads)
+    plan, model_config = _plan(config, root, spec) if found.buckets else (None, None)
+    mend_metadata(storage, spec, found.derived)
+    if plan is None:
+        plan = Plan(config=config, model="", dtype="auto", batch_size=1, store=root)
+    outcome = execute(plan, writer, _work(writer, found.buckets), model_config, progress, verb="repair")
+    if damage and (left := verify(storage, deep=False).damage):
+        raise StoreError(f"{storage.url}: {left[0].key} is still damaged: {left[0].problem}; repair it again")
+    return RepairSummary(
+        store=storage.url,
+        damaged_objects=len(damage),
+        made_anew=len(found.derived),
+        **vars(outcome),
+    )
+
+
+def _plan(config: RepairConfig, url: str, spec: StoreSpec) -> tuple[Plan, Any]:
+    """How to run the model that the store was captured with, and its configuration."""
+    from actstore.capture.model import load_config
+
+    about, batch_size = spec.provenance.get("model"), spec.provenance.get("batch_size")
+    if not isinstance(about, dict) or not isinstance(batch_size, int) or about.get("dtype") not in _DTYPES:
+        raise StoreError(f"{url}: its provenance names no model, so it was not captured; write the damaged rows again")
+    name = config.model or str(about.get("name"))
+    path = model_path(name)
+    model = str(path.resolve()) if path.exists() and name != "builtin" else name
+    model_config = load_config(model)
+    check_sites(model_config, parse_sites(spec.sites), model)
+    plan = Plan(config=config, model=model, dtype=about["dtype"], batch_size=batch_size, store=url)
+    return plan, model_config
+
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _work(writer: StoreWriter, buckets: dict[int, list[str]]) -> list[Work]:
+    """What capturing the condemned buckets takes."""
+    if not buckets:
+        return []
+    work: list[Work] = []
+    for i, segment in enumerate(open_segments(writer.storage, writer.spec)):
+        here = [b for b in sorted(buckets) if segment.first_bucket <= b < segment.stop_bucket]
+        if here:
+            found = work_of(writer.spec, i, segment, row_starts(segment.tokens), here)
+            work += [Work(w.bucket, w.segment, w.span, tuple(buckets[w.bucket])) for w in found]
+    return work
