@@ -20,6 +20,7 @@ from tiny import tokenizer_of
 from actstore.errors import MismatchError, TokensError
 from actstore.progress import Progress
 from actstore.tokens import TokenizeConfig, build, documents, tokenize
+from actstore.tokens.spool import Spool
 from actstore.tokens.tokenizer import load_tokenizer
 
 TEXTS = [f"Document {i}: the quick brown fox {'jumps over ' * (i % 13)}the lazy dog. é{i}" for i in range(240)]
@@ -128,6 +129,19 @@ def test_other_settings_begin_anew(config, loaded, change):
     clean = replace(changed, out=config.out + "-clean")
     assert run(changed, loaded) == run(clean, loaded)
     assert stored(changed.out) == stored(clean.out)
+
+
+def test_what_other_settings_wrote_is_not_taken_for_what_was_saved(config, loaded, monkeypatch):
+    clean = replace(config, out=config.out + "-clean")
+    total = run(clean, loaded)
+    run(config, loaded, 100)
+    with monkeypatch.context() as m:
+        m.setattr(build, "CHECKPOINT_TOKENS", 1 << 30)
+        close = Spool.close
+        m.setattr(Spool, "close", lambda self, *, keep: close(self, keep=True))  # as after kill -9
+        run(replace(config, packing="separate"), loaded, 200)
+    assert run(config, loaded) == total
+    assert stored(config.out) == stored(clean.out)
 
 
 def test_a_damaged_spool_is_not_used(config, loaded, tmp_path):
