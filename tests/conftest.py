@@ -1,16 +1,23 @@
 """Shared fixtures: a small store with known content."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from servers import backend_url, gcs_server, s3_server
 
+from actstore.capture import execute
+from actstore.capture.pool import Pool
+from actstore.capture.worker import BucketSummary, Replica, ReplicaConfig
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.store.record import CommitRecord
+
+torch.set_num_threads(1)  # the models here are so small that threads only get in each other's way
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,33 @@ def clear_memory(url: str) -> None:
 def known(tmp_path: Path) -> Known:
     """A finished store of 1000 rows: four buckets, the last one short, its last chunk too."""
     return write_known(tmp_path / "store")
+
+
+class InProcess(Pool):
+    """One replica in this process instead of Ray's actors."""
+
+    def __init__(self, _ray: Any, replica: ReplicaConfig, _log: Any, **options: Any) -> None:
+        self._quiet, self._told = Replica(replace(replica, threads=1)), options["watch"]
+        self.live, self.losses = {0}, 0
+
+    def run(self, todo: Any) -> list[BucketSummary]:
+        self._quiet.start()
+        done = [self._quiet.capture(work) for work in todo]
+        self._told(sum(s.rows for s in done), done, self)
+        return done
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture with one replica in this process instead of Ray."""
+    without_ray(monkeypatch)
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture with one replica in this process instead of Ray."""
+    monkeypatch.setattr(execute, "ray_for", lambda *_: nullcontext())
+    monkeypatch.setattr(execute, "placement", lambda *_: ("cpu", 0))
+    monkeypatch.setattr(execute, "Pool", InProcess)
 
 
 __all__ = [

@@ -38,7 +38,7 @@ class FaultyProxy:
         self.requests: list[str] = []
         """Method, path and fault of every request so far."""
         self._script = iter(script)
-        self._rate = rate
+        self.rate = rate
         self._kinds = kinds
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class FaultyProxy:
         with self._lock:
             fault: Fault = next(self._script, "chance")
             if fault == "chance":
-                fault = self._random.choice(self._kinds) if self._random.random() < self._rate else None
+                fault = self._random.choice(self._kinds) if self._random.random() < self.rate else None
             self.requests.append(f"{request} {fault}")
             return fault
 

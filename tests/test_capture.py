@@ -22,13 +22,13 @@ from tiny import config_of, model_of, save, save_gguf, tokenizer_of
 
 from actstore import keyed
 from actstore.capture import CaptureConfig, capture, parse_sites
+from actstore.capture import execute as execute_module
 from actstore.capture import pool as pool_module
 from actstore.capture import run as run_module
 from actstore.capture.bucket import bucket_rows
 from actstore.capture.forward import activations, decoder_of
 from actstore.capture.model import load_config, load_model, model_identity
-from actstore.capture.worker import Replica
-from actstore.errors import CaptureError, MismatchError, TokensError
+from actstore.errors import ActstoreError, CaptureError, MismatchError, TokensError
 from actstore.progress import Progress
 from actstore.store import open_store, open_writer
 from actstore.store.storage import PARTIAL
@@ -70,17 +70,6 @@ def config(folder, tmp_path):
         threads=1,
         device="cpu",
     )
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """One replica in this process instead of Ray."""
-
-    def run_buckets(config, model_config, todo, step):
-        replica = Replica(pool_module.replica_config(config, model_config, "cpu", 1))
-        return [replica.capture(bucket, span) for bucket, span in todo]
-
-    monkeypatch.setattr(run_module, "run_buckets", run_buckets)
 
 
 def expected_rows(config: CaptureConfig, site: str, attention: str = "eager") -> np.ndarray:
@@ -203,7 +192,7 @@ def test_a_bucket_does_not_depend_on_the_others(folder):
 def test_a_second_run_finds_nothing_to_do(config, in_process, monkeypatch):
     first = capture(config, QUIET)
     before = data_of(Path(config.out))
-    monkeypatch.setattr(run_module, "run_buckets", None)
+    monkeypatch.setattr(execute_module, "Pool", None)
     again = capture(config, QUIET)
     assert (again.buckets, again.buckets_before, again.rows) == (0, first.buckets, first.rows)
     assert data_of(Path(config.out)) == before
@@ -257,15 +246,15 @@ def test_a_worker_with_another_model_is_refused(config, folder, in_process, tmp_
 
     shutil.copytree(folder / "gemma", tmp_path / "gemma")
     config = replace(config, model=str(tmp_path / "gemma"))
-    real = run_module.run_buckets
+    real = run_module.execute
 
-    def changed(config, *args):
+    def changed(*args, **options):
         (tmp_path / "gemma" / "config.json").write_text(
             (folder / "gemma" / "config.json").read_text().replace('"sliding_window": 8', '"sliding_window": 9')
         )
-        return real(config, *args)
+        return real(*args, **options)
 
-    monkeypatch.setattr(run_module, "run_buckets", changed)
+    monkeypatch.setattr(run_module, "execute", changed)
     with pytest.raises(
         MismatchError, match=r"the model on this worker differs: config is .*Give every worker the same"
     ):
@@ -333,7 +322,8 @@ def test_interrupted_and_killed_captures_end_in_the_undisturbed_store(config, in
     workers[0].kill()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert f"buckets={writer.buckets - len(done)}, buckets_before={len(done)}" in output
+    assert f"buckets={writer.buckets - len(done)}, " in output
+    assert f"buckets_before={len(done)}" in output
     after = files_of(store)
     kept = [f"commits/{b:0{len(next((store / 'commits').iterdir()).stem)}}.json" for b in done]
     kept += [f"{name}/c/{b}/0" for b in done for name in (s.name for s in parse_sites(config.sites))]
@@ -352,8 +342,8 @@ def test_interrupted_and_killed_captures_end_in_the_undisturbed_store(config, in
 def test_an_error_in_a_worker_arrives_as_one_line(config, monkeypatch):
     real = run_module.copy_tokens
 
-    def damaged(table, storage):
-        real(table, storage)
+    def damaged(table, storage, prefix):
+        real(table, storage, prefix)
         (Path(config.out) / "tokens" / "zarr.json").write_text("{}")
 
     monkeypatch.setattr(run_module, "copy_tokens", damaged)
@@ -367,30 +357,14 @@ def test_an_error_in_a_worker_arrives_as_one_line(config, monkeypatch):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "no space left at /out; committed buckets are kept"),
         (RuntimeError("CUDA out of\n memory"), "bucket 3 failed in a worker: RuntimeError: CUDA out of memory"),
+        (TokensError("as it is"), "as it is"),
     ],
 )
-def test_other_failures_are_told_in_one_line_with_their_cause(cause, message):
-    import ray
-
-    def get(_call):
-        raise ray.exceptions.RayTaskError("capture", "traceback", cause)
-
-    fake = SimpleNamespace(get=get, exceptions=ray.exceptions)
-    with pytest.raises(CaptureError, match=message) as error:
-        pool_module._result(fake, None, 3, "/out")
-    assert error.value.__cause__ is cause
-    assert "\n" not in str(error.value)
-
-
-def test_a_worker_that_keeps_dying_is_told():
-    import ray
-
-    def get(_call):
-        raise ray.exceptions.ActorDiedError
-
-    fake = SimpleNamespace(get=get, exceptions=ray.exceptions)
-    with pytest.raises(CaptureError, match="the worker of bucket 3 died 6 times, most likely out of memory"):
-        pool_module._result(fake, None, 3, "/out")
+def test_other_failures_are_told_in_one_line(cause, message):
+    found = pool_module._plain(SimpleNamespace(cause=cause), "bucket 3", "/out")
+    assert isinstance(found, ActstoreError)
+    assert str(found).startswith(message)
+    assert "\n" not in str(found)
 
 
 # -- what is wrong is named before anything starts --------------------------------------------------------------------
@@ -399,7 +373,7 @@ def test_a_worker_that_keeps_dying_is_told():
 @pytest.fixture
 def refused(config, monkeypatch, tmp_path):
     """Capture must refuse in one line, before any forward pass."""
-    monkeypatch.setattr(run_module, "run_buckets", None)
+    monkeypatch.setattr(execute_module, "Pool", None)
 
     def check(error, message, **changes):
         with pytest.raises(error, match=message) as found:
@@ -411,7 +385,7 @@ def refused(config, monkeypatch, tmp_path):
 
 
 def test_wrong_sites_and_tokens_are_refused(refused, config, folder, tmp_path):
-    refused(ValueError, r"site resid_post\.40: gemma2 model .*gemma has layers 0-3", sites=("resid_post.40",))
+    refused(ValueError, r"site resid_post\.40: this gemma2 model has layers 0-3", sites=("resid_post.40",))
     refused(ValueError, "unknown site kind 'foo'", sites=("foo.1",))
     refused(TokensError, "no such directory, not a token table", tokens=str(tmp_path / "none"))
     text = folder / "text.jsonl"
@@ -471,7 +445,7 @@ def test_a_full_disk_is_refused(refused, config, monkeypatch):
 
 def test_another_store_at_the_target_is_refused(config, in_process, monkeypatch):
     capture(config, QUIET)
-    monkeypatch.setattr(run_module, "run_buckets", None)
+    monkeypatch.setattr(execute_module, "Pool", None)
     with pytest.raises(MismatchError, match=r"provenance\.batch_size is 3, asked for 4; seed is 0, asked for 1"):
         capture(replace(config, seed=1, batch_size=4), QUIET)
 

@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actstore.capture.forward import activations
+from actstore.capture.memory import BATCHES_IN_FLIGHT
 from actstore.capture.sites import Site
 from actstore.store.spec import parse_encoding
 from actstore.tokens.rows import Rows, Span, rows_in
 from actstore.tokens.rule import RowRule
-
-BATCHES_IN_FLIGHT = 2
-"""Batches whose activations wait to be put in place."""
 
 
 def raw_dtype(encoding: str, model: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -37,8 +38,9 @@ def ray_for(config: WorkersConfig, threads: int) -> Generator[Any]:
         ours = {k: v for k, v in os.environ.items() if k.startswith(_OURS)}
         environment["env_vars"] = ours | environment.get("env_vars", {})
         try:
+            _knock(config.address)
             ray.init(address=config.address, runtime_env=environment, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as e:
+        except (OSError, ValueError, RuntimeError) as e:
             raise CaptureError(f"no Ray cluster answers at {config.address}: {one_line(e)}") from e
     else:
         ray.init(
@@ -53,6 +55,13 @@ def ray_for(config: WorkersConfig, threads: int) -> Generator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself takes minutes to find out that nobody listens."""
+    host, _, port = address.rpartition(":")
+    if port.isascii() and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _environment(config: WorkersConfig) -> dict[str, Any]:

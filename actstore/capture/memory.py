@@ -16,13 +16,14 @@ from typing import Any
 
 import psutil
 
-from actstore.capture.bucket import BATCHES_IN_FLIGHT
 from actstore.errors import CaptureError
 from actstore.store import StoreSpec
 from actstore.store.encoder import buffer_bytes
 from actstore.store.spec import arrays
 from actstore.store.writer import LOCAL_PUTS, REMOTE_PUTS
 
+BATCHES_IN_FLIGHT = 2
+"""Batches whose activations wait to be put in place."""
 PROVENANCE_BYTES = 44
 PROCESS = 700_000_000
 """Bytes of a worker that has loaded nothing yet."""

@@ -143,10 +143,18 @@ def _store_spec(
                 "tokenizer": tokens.tokenizer,
                 "seq_len": tokens.seq_len,
                 "sequences": tokens.sequences,
+                **_unusual(tokens),
             },
             "batch_size": config.batch_size,
         },
     )
+
+
+def _unusual(tokens: TokenTable) -> dict[str, Any]:
+    """How the table was made, where that is not as usual; JSON values."""
+    usual = {"packing": "joined", "bos": True, "skip_first": 0, "skip_ids": [], "skipped": 0}
+    found = {name: getattr(tokens, name) for name in usual} | {"skip_ids": list(tokens.skip_ids)}
+    return {name: value for name, value in found.items() if value != usual[name]}
 
 
 def _check_disk(out: str, spec: StoreSpec) -> None:

@@ -159,10 +159,11 @@ def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
     from actstore.store.storage import LocalStorage, open_storage
 
     model_config = load_config(config.model)
-    here = model_identity(config.model, model_config, config.dtype)
-    if here != spec.provenance["model"]:
+    recorded = spec.provenance["model"]
+    here = model_identity(config.model, model_config, config.dtype) | {"name": recorded["name"]}  # directories move
+    if here != recorded:
         remedy = "Give every worker the same model and versions."
-        raise mismatch("the model on this worker", here, spec.provenance["model"], remedy)
+        raise mismatch("the model on this worker", here, recorded, remedy)
     needed = needs(
         spec,
         model_config,
