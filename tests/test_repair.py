@@ -24,6 +24,7 @@ from actstore.capture.segments import open_segments
 from actstore.errors import CaptureError, IntegrityError, MismatchError, StoreError
 from actstore.progress import Progress
 from actstore.store import open_store, open_writer
+from actstore.store.info import describe
 from actstore.store.manifest import read_spec
 from actstore.store.storage import open_storage
 from actstore.store.verify import verify
@@ -327,6 +328,9 @@ def test_a_writer_sees_buckets_of_an_extension_in_work(config, folder):
         with pytest.raises(KeyboardInterrupt):
             capture(more, QUIET)
     assert open_store(config.out).spec.buckets == buckets
+    figures = describe(open_store(config.out))
+    assert figures["complete"]
+    assert (figures["extension_buckets"], figures["extension_planned_buckets"]) == (1, buckets)
     assert open_writer(config.out).committed() == set(range(buckets + 1))
     assert capture(more, QUIET).buckets_before == buckets + 1
     check_rows(config, folder, sample=200)

@@ -157,6 +157,8 @@ class _Display:
         stored = [s for s in done if s.bytes_stored]
         out = sum(s.bytes_stored for s in stored)
         parts = [f"{len(done)}/{self._buckets} buckets", f"{len(pool.live)} workers"]
+        if not pool.live:
+            parts[-1] = f"waiting for a worker ({pool.needs})"
         if rows and self.ready:
             parts.append(f"{scaled(rows * self._row_bytes / elapsed)}B/s in")
         if out:

@@ -44,7 +44,7 @@ class Pool:
             max_restarts=CRASHES,
             max_task_retries=0,
         )
-        self._needs = f"{cpus} CPUs and {gpus} GPUs" if gpus else f"{cpus} CPUs"
+        self.needs = f"{cpus} CPUs and {gpus} GPUs" if gpus else f"{cpus} CPUs"
         self._actors = [self._actor.remote(replica) for _ in range(workers)]
         self._proven: set[int] = set()
         self._starts: dict[Any, int] = {}
@@ -151,7 +151,7 @@ class Pool:
         now = time.monotonic()
         if self.live or now - alone < WAITING_S:
             return now if self.live else alone
-        self._log.write("waiting", needs=self._needs)
+        self._log.write("waiting", needs=self.needs)
         return now
 
 

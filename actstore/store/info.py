@@ -1,7 +1,7 @@
 """What a store holds, in figures, without reading a single activation.
 
-A finished store answers from its manifest alone. For an unfinished one the commit objects are listed as well, and each
-bucket that somebody is at, or was at when he died, costs one more look.
+A finished store answers from its manifest and group. For an unfinished one the commit objects are listed as well, and
+each bucket that somebody is at, or was at when he died, costs one more look.
 """
 
 import time
@@ -40,7 +40,16 @@ def describe(store: Store) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
     }
     sites = {name: _site(store, name) for name in sorted(spec.sites)}
-    return figures | _in_work(store) | {"sites": sites, "provenance": spec.provenance}
+    return figures | _in_work(store) | _extension(store) | {"sites": sites, "provenance": spec.provenance}
+
+
+def _extension(store: Store) -> dict[str, Any]:
+    """How far an extension is that readers do not see yet."""
+    if not store.complete or manifest.read_spec(store.storage) == store.spec:
+        return {}
+    now = manifest.load_current(store.storage)
+    planned = now.spec.buckets - store.spec.buckets
+    return {"extension_buckets": len(now.buckets) - len(store.index.buckets), "extension_planned_buckets": planned}
 
 
 def _size(index: ArrayIndex) -> tuple[int, int]:
