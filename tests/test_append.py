@@ -210,7 +210,7 @@ def test_killed_between_the_number_of_rows_and_the_last_bucket(url: str, monkeyp
     feed(w, x, [])
     w._settle()
     with monkeypatch.context() as m:
-        m.setattr(StoreWriter, "write_bucket", dies)
+        m.setattr(StoreWriter, "write_arrays", dies)
         with pytest.raises(KeyboardInterrupt):
             w.close()
     assert (open_store(url).spec.rows, open_store(url).rows) == (150, 128)
@@ -223,7 +223,7 @@ def test_killed_between_the_number_of_rows_and_the_last_bucket(url: str, monkeyp
 def test_errors_of_the_background_thread_surface(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = values(200)
     with monkeypatch.context() as m:
-        m.setattr(StoreWriter, "write_bucket", lambda *_, **__: 1 / 0)
+        m.setattr(StoreWriter, "write_arrays", lambda *_, **__: 1 / 0)
         w = actstore.create(url, rows=200, **SETTINGS)
         w.append(part_of(x, 0, 70))
         while not w._flight[1].done():

@@ -148,7 +148,7 @@ def commits(url: str) -> set[int]:
 
 
 def replicas() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter() if p.name().startswith("ray::Replica")]
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Replica")]
 
 
 def wait_for(condition, what, seconds=120):

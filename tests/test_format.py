@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import SPEC
+from conftest import SPEC, fill, random_sites, write_known
 from numcodecs import blosc
 
-from actstore.store import open_store
+from actstore.store import open_store, open_writer
+from actstore.store.resize import extend
+from actstore.store.storage import open_storage
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = {"bf16": "<u2", "f32": "<f4", "fixed": "<i2"}
@@ -132,6 +134,7 @@ class Reader:
             scale, offsets = np.frombuffer(raw, "<f4").reshape(2, -1).astype(np.float64)
             stored = (scale * stored + offsets).astype(np.float32)
         n = min(self.spec["bucket_rows"], self.spec["rows"] - bucket * self.spec["bucket_rows"])
+        n = dict(self.spec.get("short_buckets", [])).get(bucket, n)
         return stored[[place(self.spec["seed"], bucket, i, n) for i in range(n)]]
 
 
@@ -155,6 +158,25 @@ def test_the_second_reader_agrees(codec: str, *, manifest: bool) -> None:
                 scale, offset = (x.astype(np.float64) for x in (calibration.scale, calibration.offset))
                 expected = (expected * scale + offset).astype(np.float32)
             assert np.array_equal(reader.bucket(name, b).view(np.uint8), np.ascontiguousarray(expected).view(np.uint8))
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "records"])
+def test_the_second_reader_agrees_on_an_extended_store(tmp_path: Path, *, manifest: bool) -> None:
+    known = write_known(tmp_path)
+    extend(open_storage(str(tmp_path)), 300, {"tokens": {}})
+    writer = open_writer(tmp_path)
+    more = random_sites(writer.spec, 1)
+    for bucket in (4, 5):
+        assert fill(writer, bucket, more) is not None
+    writer.finalise()
+    reader = Reader(tmp_path, manifest=manifest)
+    assert sorted(reader.buckets) == [0, 1, 2, 3, 4, 5]
+    for bucket, first, stop in ((3, 768, 1000), (4, 1024, 1280), (5, 1280, 1324)):
+        assert np.array_equal(reader.bucket("sequence", bucket), np.arange(first, stop))
+        source = known.sites if bucket == 3 else more
+        for name, values in source.items():
+            found = reader.bucket(name, bucket)
+            assert np.array_equal(found.view(np.uint8), np.ascontiguousarray(values[first:stop]).view(np.uint8))
 
 
 def test_statistics_are_sums_over_decoded_values() -> None:

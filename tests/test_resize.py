@@ -1,9 +1,11 @@
 """Extending a finished store: new buckets behind whatever the last one was, and nothing that was there changes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import zarr
-from conftest import fill, random_sites, write_known
+from conftest import SPEC, fill, random_sites, write_known
 
 from actstore import ActivationDataset
 from actstore.errors import MismatchError, StoreError
@@ -11,7 +13,9 @@ from actstore.store import SiteSpec, StoreSpec, open_store, open_writer
 from actstore.store.copy import copy
 from actstore.store.export import export
 from actstore.store.gc import collect
+from actstore.store.manifest import read_spec
 from actstore.store.resize import extend, extensions
+from actstore.store.spec import ATTRIBUTE, GROUP_KEY, dump
 from actstore.store.storage import open_storage
 from actstore.store.verify import verify
 
@@ -146,3 +150,24 @@ def test_what_cannot_be_extended_is_refused(tmp_path):
     extend(open_storage(tmp_path / "whole"), 10, ABOUT)
     with pytest.raises(MismatchError, match="rows is 10, asked for 11"):
         extend(open_storage(tmp_path / "whole"), 11, ABOUT)
+
+
+LIES = [[], [[3, "x"]], [[99, 1]], [[0, 1], [0, 2]], [[1, 5], [0, 5]], [[0, 256]], [[0, 0]], [[-1, 5]], [[3, 5]]]
+
+
+@pytest.mark.parametrize("lie", [*LIES, [[True, 5]], {"0": 5}, 5, "0", [[0, 5]] * 2000, [[0, 5, 6]], [None]])
+def test_short_buckets_that_cannot_be_are_refused(tmp_path, lie):
+    url = str(tmp_path / "store")
+    spec = write_known(url).spec
+    data = spec.to_json() | {"short_buckets": lie}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: data}}
+    open_storage(url).put(GROUP_KEY, dump(group))
+    with pytest.raises(StoreError, match="short_buckets"):
+        read_spec(open_storage(url))
+
+
+@pytest.mark.parametrize("lie", [5, [5], [{}], [{"first_bucket": 99, "rows": 1}], [{"first_bucket": 1, "rows": "1"}]])
+def test_extensions_that_cannot_be_are_refused(lie):
+    spec = replace(SPEC, provenance={"extensions": lie})
+    with pytest.raises(StoreError, match="provenance extensions is"):
+        extensions(spec)
