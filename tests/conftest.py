@@ -13,7 +13,7 @@ from servers import backend_url, gcs_server, s3_server
 
 from actstore.capture import execute
 from actstore.capture.pool import Pool
-from actstore.capture.worker import BucketSummary, Replica, ReplicaConfig
+from actstore.capture.worker import Replica, ReplicaConfig
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.store.record import CommitRecord
 
@@ -104,11 +104,11 @@ class InProcess(Pool):
         self._quiet, self._told = Replica(replace(replica, threads=1)), options["watch"]
         self.live, self.losses = {0}, 0
 
-    def run(self, todo: Any) -> list[BucketSummary]:
+    def run(self, todo: Any) -> None:
         self._quiet.start()
-        done = [self._quiet.capture(work) for work in todo]
-        self._told(sum(s.rows for s in done), done, self)
-        return done
+        for work in todo:
+            self._told.done(self._quiet.capture(work))
+            self._told.show(0, self)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Every test compares with the store of one quiet replica in this process, object 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -208,6 +209,7 @@ def test_the_object_store_fails_for_a_while(cluster, config, undisturbed, backen
         assert run.returncode == 0, output
         proxy.rate = 0.0
         check(config, undisturbed)
+        assert int(re.search(r"retries=(\d+)", output)[1]) >= 1
 
 
 def test_an_address_where_nobody_listens_is_told_at_once(config):

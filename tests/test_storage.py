@@ -415,11 +415,11 @@ def test_a_server_that_never_answered_gets_less_time(
     kind: str, server: Server, answered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An address that nobody listens at is given up on sooner than a server that stopped answering."""
-    monkeypatch.setattr(storage_remote, "FIRST_CONTACT", 0.5)
     with FaultyProxy(server.url, [None] if answered else [], rate=1.0, kinds=["drop"]) as proxy:
         storage = through(proxy, kind, server.fresh(), monkeypatch, 2)
         if answered:
             assert storage.stat("x") is None
+        monkeypatch.setattr(storage_remote, "FIRST_CONTACT", 0.5)
         started = time.monotonic()
         words = (
             r"within 2 s, .*RETRY_DEADLINE" if answered else r"within 0\.5 s, .*not answered once; check its address"

@@ -65,7 +65,8 @@ def bucket_rows(
             i, j = np.searchsorted(rows.sequence, (first, first + len(batch)))
             chosen = torch.from_numpy((rows.sequence[i:j].astype(np.int64) - first) * ids.shape[1] + rows.position[i:j])
             found = activations(model, torch.from_numpy(batch), sites, pad_id=padding[0], bos_id=padding[1])
-            for name, values in found.items():
+            for name in list(found):
+                values = found.pop(name)  # or a batch's activations stay until the next one's are there
                 picked = values.flatten(0, 1)[chosen.to(values.device)].to(raw_dtype(encoding, values.dtype))
                 flight.append(placer.submit(put, name, _to_host(picked), place[i:j]))
             while len(flight) > (BATCHES_IN_FLIGHT - 1) * len(sites):

@@ -4,11 +4,9 @@ Forward passes, encoding and putting overlap, so the slowest of them bounds a ru
 have taken alone, and the longest is named.
 """
 
-import math
 import os
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -47,8 +45,26 @@ class Outcome:
     """The stage that took longest: forward, encode or upload; none if there was nothing to do."""
     buckets_mended: int
     """Of a repair: those whose rows came out as they were, so that only damaged objects were put."""
+    retries: int
+    """Requests to the store that had to be sent once more."""
     workers_lost: int
     """Buckets taken back from dead workers and captured again."""
+
+
+_NOTHING = Outcome(
+    buckets=0,
+    rows_captured=0,
+    bytes_stored=0,
+    seconds=0.0,
+    tokens_per_s=0.0,
+    forward_s=0.0,
+    encode_s=0.0,
+    put_s=0.0,
+    bound="none",
+    buckets_mended=0,
+    retries=0,
+    workers_lost=0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,80 +107,87 @@ def execute(
     from actstore.capture.model import revision_of
 
     began = time.monotonic()
-    outcome = _outcome([], 0.0, 0.0, 0)
-    if work:
-        show = _Display(progress.step(verb, total=sum(w.span.rows for w in work), unit="rows"), writer.spec, len(work))
-        with event_log(writer.storage) as log, ray_for(plan.config, plan.threads) as ray:
-            device, gpus = placement(ray, plan.config)
-            replica = ReplicaConfig(
-                model=plan.model,
-                revision=revision_of(model_config),
-                dtype=plan.dtype,
-                device=device,
-                store=plan.store,
-                batch_size=plan.batch_size,
-                threads=plan.threads,
-            )
-            about = {**asdict(replica), "model": public_name(plan.model)}
-            del about["store"]  # no machine's paths in a store
-            log.write(verb, buckets=len(work), rows=sum(w.span.rows for w in work), **about)
-            workers = min(plan.config.workers, len(work))
-            pool = Pool(ray, replica, log, workers=workers, cpus=plan.threads, gpus=gpus, watch=show)
-            done = pool.run(deque(work))
-            now = time.monotonic()
-            outcome = _outcome(done, now - began, now - (show.ready or began), pool.losses)
-            log.write("done", **vars(outcome))
+    if not work:
+        writer.finalise()
+        return _NOTHING
+    rows = sum(w.span.rows for w in work)
+    display = _Display(progress.step(verb, total=rows, unit="rows"), writer.spec, len(work))
+    with event_log(writer.storage) as log, ray_for(plan.config, plan.threads) as ray:
+        device, gpus = placement(ray, plan.config)
+        replica = ReplicaConfig(
+            model=plan.model,
+            revision=revision_of(model_config),
+            dtype=plan.dtype,
+            device=device,
+            store=plan.store,
+            batch_size=plan.batch_size,
+            threads=plan.threads,
+        )
+        about = {**asdict(replica), "model": public_name(plan.model)}
+        del about["store"]  # no machine's paths in a store
+        log.write(verb, buckets=len(work), rows=rows, **about)
+        workers = min(plan.config.workers, len(work))
+        pool = Pool(ray, replica, log, workers=workers, cpus=plan.threads, gpus=gpus, watch=display)
+        pool.run(deque(work))
+        outcome = display.outcome(began, pool.losses)
+        log.write("done", **vars(outcome))
     writer.finalise()
     return replace(outcome, seconds=time.monotonic() - began)
 
 
-def _outcome(done: list[BucketSummary], seconds: float, working: float, losses: int) -> Outcome:
-    rows = sum(s.rows for s in done)
-    stages = {
-        "forward": math.fsum(s.forward_s for s in done),
-        "encode": math.fsum(s.encode_s for s in done),
-        "upload": math.fsum(s.put_s for s in done),
-    }
-    return Outcome(
-        buckets=len(done),
-        rows_captured=rows,
-        bytes_stored=sum(s.bytes_stored for s in done),
-        seconds=seconds,
-        tokens_per_s=rows / max(working, 1e-9),
-        forward_s=stages["forward"],
-        encode_s=stages["encode"],
-        put_s=stages["upload"],
-        bound=max(stages, key=lambda name: stages[name]) if done else "none",
-        buckets_mended=sum(s.mended for s in done),
-        workers_lost=losses,
-    )
-
-
 class _Display:
-    """The one progress display of a run: rows, buckets, GB/s in and out, ratio, workers, what was lost."""
+    """The one progress display of a run, and its sums: rows, buckets, GB/s in and out, ratio, what went wrong."""
 
     def __init__(self, step: Step, spec: StoreSpec, buckets: int) -> None:
-        self._step, self._buckets = step, buckets
+        self._step, self._planned = step, buckets
         self._row_bytes = sum(s.d * (4 if s.kind == "f32" else 2) for s in spec.sites.values())
         self.ready: float | None = None
         """When the first worker was."""
+        self.sums: Counter[str] = Counter()
+        """Of the fields of all summaries."""
+        self.buckets = self._rows_stored = 0
 
-    def __call__(self, rows: int, done: Sequence[BucketSummary], pool: Pool) -> None:
+    def done(self, summary: BucketSummary) -> None:
+        """Count a finished bucket."""
+        self.buckets += 1
+        self.sums.update({k: v for k, v in vars(summary).items() if k != "bucket"})
+        self._rows_stored += summary.rows if summary.bytes_stored else 0
+
+    def show(self, rows_in_work: int, pool: Pool) -> None:
+        """Draw it."""
         if self.ready is None and pool.live:
             self.ready = time.monotonic()
             self._step.restart()
         elapsed = max(time.monotonic() - (self.ready or time.monotonic()), 1e-9)
-        stored = [s for s in done if s.bytes_stored]
-        out = sum(s.bytes_stored for s in stored)
-        parts = [f"{len(done)}/{self._buckets} buckets", f"{len(pool.live)} workers"]
-        if not pool.live:
-            parts[-1] = f"waiting for a worker ({pool.needs})"
+        rows, out = self.sums["rows"] + rows_in_work, self.sums["bytes_stored"]
+        workers = f"{len(pool.live)} workers" if pool.live else f"waiting for a worker ({pool.needs})"
+        parts = [f"{self.buckets}/{self._planned} buckets", workers]
         if rows and self.ready:
             parts.append(f"{scaled(rows * self._row_bytes / elapsed)}B/s in")
         if out:
-            ratio = sum(s.rows for s in stored) * self._row_bytes / out
-            parts += [f"{scaled(out / elapsed)}B/s out", f"ratio {ratio:.2f}"]
+            parts += [f"{scaled(out / elapsed)}B/s out", f"ratio {self._rows_stored * self._row_bytes / out:.2f}"]
+        if self.sums["retries"]:
+            parts.append(f"{self.sums['retries']} requests sent again")
         if pool.losses:
             parts.append(f"{pool.losses} lost and taken back")
         self._step.note(", ".join(parts))
         self._step.advance(rows - self._step.done)
+
+    def outcome(self, began: float, losses: int) -> Outcome:
+        """What the run has done by now."""
+        now, sums = time.monotonic(), self.sums
+        stages = {"forward": sums["forward_s"], "encode": sums["encode_s"], "upload": sums["put_s"]}
+        return Outcome(
+            buckets=self.buckets,
+            rows_captured=sums["rows"],
+            bytes_stored=sums["bytes_stored"],
+            seconds=now - began,
+            tokens_per_s=sums["rows"] / max(now - (self.ready or began), 1e-9),
+            forward_s=float(stages["forward"]),
+            encode_s=float(stages["encode"]),
+            put_s=float(stages["upload"]),
+            bound=max(stages, key=lambda name: stages[name]),
+            buckets_mended=sums["mended"],
+            retries=sums["retries"],
+            workers_lost=losses,
+        )

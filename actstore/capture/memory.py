@@ -1,13 +1,18 @@
 """What a replica needs in memory, known before it starts: two buckets, the model, and what does not grow.
 
-    2 * bucket_rows * (sum(d) * itemsize + 44)    one bucket is filled while the other is written; 44 bytes of a row are
-                                                  its provenance, in the token table's order and in the stored one
-    (threads + puts) * largest shard              shards that are being encoded or put
-    parameters                                    up to the deepest layer
-    batch_size * seq_len * ...                    one forward pass, and the activations that wait to be put in place
-    PROCESS                                       Python, torch and Ray
+    bucket_rows * (2 * sum(d) * itemsize    one bucket is filled while the other is written
+                   + 52)                    provenance: 12 of a row that is written; of one being filled its id (4), its
+                                            place (8), and sequence, position and token in both orders (28)
+    (threads + puts) * largest shard        shards that are being encoded or put
+    parameters                              up to the deepest layer, and what malloc keeps of the rest: all below 32 MiB
+    3 * batch_size * seq_len * sum(d) * ..  activations: of the pass that runs, and of batches that wait for their place
+    one layer's widest moment               the MLP's inner tensors, or eager attention's seq_len^2 logits (Gemma 2)
+    PROCESS                                 Python, torch, transformers, their compiled kernels and scratch, and Ray
 
-On a GPU the model and the pass are in its own memory, and not counted.
+It is what a replica takes where storage is slower than the model, so that both buckets are full; where it is faster,
+the second one is being filled. A GGUF file's weights exist twice while they are loaded, and that peak counts if it is
+the higher one; a safetensors file is mapped, and its pages are the kernel's to take back. On a GPU the model and the
+pass are in its own memory, and not counted. `benchmarks/capture.py` compares all this with what processes take.
 """
 
 from dataclasses import dataclass
@@ -24,9 +29,11 @@ from actstore.store.writer import LOCAL_PUTS, REMOTE_PUTS
 
 BATCHES_IN_FLIGHT = 2
 """Batches whose activations wait to be put in place."""
-PROVENANCE_BYTES = 44
-PROCESS = 700_000_000
-"""Bytes of a worker that has loaded nothing yet."""
+PROVENANCE_BYTES = 52
+PROCESS = 720_000_000
+"""Bytes of a worker beside everything else; measured 620 to 760 million."""
+KEPT_BY_MALLOC = 32 << 20
+"""glibc gives freed memory back at once only in pieces above this (its DEFAULT_MMAP_THRESHOLD_MAX)."""
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -38,55 +45,75 @@ class Needs:
     """Bytes of one replica at its peak."""
 
     row: int
-    """Of one row in one bucket."""
+    """Of one row in both buckets."""
     bucket_rows: int
     fixed: int
     """What does not depend on bucket_rows."""
+    loading: int = 0
+    """While the model is loaded, before there is a bucket."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return 2 * self.bucket_rows * self.row + self.fixed
+        return max(self.bucket_rows * self.row + self.fixed, self.loading)
 
 
 def needs(
     spec: StoreSpec, model_config: Any, *, dtype_bytes: int, seq_len: int, batch_size: int, threads: int, **where: bool
 ) -> Needs:
-    """What a replica of this store needs; `where` says whether the store is `local` and the model `on_gpu`.
+    """What a replica of this store needs.
 
-    `model_config` is that of the model as it is loaded, `dtype_bytes` the size of one parameter.
+    `where` says whether the store is `local`, the model `on_gpu`, and its file a `gguf`. `model_config` is that of the
+    model as it is loaded, `dtype_bytes` the size of one parameter.
     """
-    text = model_config.get_text_config()
     width = sum(s.d * _itemsize(s.kind, dtype_bytes) for s in spec.sites.values())
     puts = LOCAL_PUTS if where["local"] else REMOTE_PUTS
     buffers = (threads + puts) * max(buffer_bytes(a) for a in arrays(spec).values())
-    tokens = batch_size * seq_len
-    waiting = BATCHES_IN_FLIGHT * tokens * width
-    model = parameter_bytes(model_config, dtype_bytes) + _pass_bytes(text, tokens, dtype_bytes)
-    return Needs(
-        row=width + PROVENANCE_BYTES,
-        bucket_rows=min(spec.bucket_rows, spec.rows),
-        fixed=buffers + waiting + PROCESS + (0 if where["on_gpu"] else model),
-    )
+    on_cpu = not where["on_gpu"]
+    held = (BATCHES_IN_FLIGHT + on_cpu) * batch_size * seq_len * width
+    fixed, loading = PROCESS + buffers + held, 0
+    if on_cpu or where.get("gguf"):
+        whole, kept = parameter_bytes(model_config, dtype_bytes, spec)
+        loading = PROCESS + 2 * whole if where.get("gguf") else 0
+        fixed += (kept + _pass_bytes(model_config, batch_size, seq_len, dtype_bytes)) * on_cpu
+    row = 2 * width + PROVENANCE_BYTES
+    return Needs(row=row, bucket_rows=min(spec.bucket_rows, spec.rows), fixed=fixed, loading=loading)
 
 
 def _itemsize(kind: str, dtype_bytes: int) -> int:
     return 2 if kind == "bf16" else 4 if kind == "f32" else dtype_bytes
 
 
-def _pass_bytes(text: Any, tokens: int, dtype_bytes: int) -> int:
-    """One layer of a forward pass at its widest: the MLP's two inner tensors and some copies of the residual stream."""
-    return tokens * (2 * text.intermediate_size + 6 * text.hidden_size) * dtype_bytes
+def _pass_bytes(model_config: Any, batch_size: int, seq_len: int, dtype_bytes: int) -> int:
+    """One layer of a forward pass at its widest.
+
+    MLP: its two inner tensors and some copies of the residual stream. Eager attention: logits as computed, in float32
+    (the same ones if that is the model's precision) and their softmax in float32.
+    """
+    from actstore.capture.model import attention_of
+
+    text = model_config.get_text_config()
+    mlp = batch_size * seq_len * (2 * text.intermediate_size + 6 * text.hidden_size) * dtype_bytes
+    if attention_of(model_config) != "eager":
+        return mlp
+    logits = batch_size * text.num_attention_heads * seq_len**2
+    return max(mlp, logits * (8 + dtype_bytes % 4))
 
 
-def parameter_bytes(model_config: Any, dtype_bytes: int) -> int:
-    """Of the whole model, counted without loading it."""
+def parameter_bytes(model_config: Any, dtype_bytes: int, spec: StoreSpec) -> tuple[int, int]:
+    """Of the whole model, and what stays once it is cut off after the deepest site's; without loading it."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from actstore.capture.model import truncate
+    from actstore.capture.sites import parse_sites
+
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(model_config)
-    return sum(p.numel() for p in model.parameters()) * dtype_bytes
+    sizes = {name: p.numel() * dtype_bytes for name, p in model.named_parameters()}
+    truncate(model, max(site.layer for site in parse_sites(spec.sites)))
+    left = {name for name, _ in model.named_parameters()}
+    return sum(sizes.values()), sum(n for name, n in sizes.items() if name in left or n <= KEPT_BY_MALLOC)
 
 
 def check_memory(needed: Needs, workers: int, shard_rows: int, *, resident: int = 0) -> None:
@@ -97,8 +124,9 @@ def check_memory(needed: Needs, workers: int, shard_rows: int, *, resident: int 
     free = free_memory() + resident
     if needed.total * workers <= free:
         return
-    fits = int((free / workers - needed.fixed) / (2 * needed.row)) // shard_rows * shard_rows
-    advice = f"lower --bucket-rows to {fits} or less" if fits > 0 else "use fewer --workers, a smaller --batch-size"
+    fits = (free // workers - needed.fixed) // needed.row // shard_rows * shard_rows
+    lower = fits > 0 and needed.loading * workers <= free
+    advice = f"lower --bucket-rows to {fits} or less" if lower else "use fewer --workers, a smaller --batch-size"
     raise CaptureError(
         f"capture needs {needed.total / 1e9:.3g} GB per worker for {workers} worker{'s' * (workers > 1)}, "
         f"{free / 1e9:.3g} GB are free: {advice}, or use a larger machine"

@@ -8,9 +8,8 @@ whoever is free, because capturing one again writes the same rows. Activations n
 import errno
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from actstore.capture.events import EventLog
 from actstore.capture.segments import Work
@@ -24,8 +23,18 @@ POLL_S = 0.5
 WAITING_S = 30.0
 """Seconds without any worker after which the log says so."""
 
-Watch = Callable[[int, Sequence[BucketSummary], "Pool"], None]
-"""Told of the rows that left the models in this run, the buckets done, and the pool."""
+
+@runtime_checkable
+class Watch(Protocol):
+    """Who is told how a run goes."""
+
+    def done(self, summary: BucketSummary) -> None:
+        """A bucket is finished."""
+        ...
+
+    def show(self, rows_in_work: int, pool: "Pool") -> None:
+        """Some time has passed; so many rows of unfinished buckets have left the models."""
+        ...
 
 
 class Pool:
@@ -56,9 +65,8 @@ class Pool:
         self.losses = 0
         """Buckets that were taken back from a dead worker."""
 
-    def run(self, todo: deque[Work]) -> list[BucketSummary]:
+    def run(self, todo: deque[Work]) -> None:
         """Capture all of `todo`; the first failure that is no death ends the run, and what is committed stays."""
-        done: dict[int, BucketSummary] = {}
         for worker in range(len(self._actors)):
             self._start(worker)
         alone = time.monotonic()
@@ -75,11 +83,10 @@ class Pool:
                     if summary is None:
                         todo.appendleft(work)
                     else:
-                        done[work.bucket] = summary
+                        self._watch.done(summary)
             alone = self._complain(alone)
-            in_work = sum(rows for bucket, rows in self._rows.items() if bucket not in done)
-            self._watch(sum(s.rows for s in done.values()) + in_work, list(done.values()), self)
-        return list(done.values())
+            in_work = {work.bucket for work, _ in self._calls.values()}
+            self._watch.show(sum(rows for bucket, rows in self._rows.items() if bucket in in_work), self)
 
     def _start(self, worker: int) -> None:
         # unlike a bucket, this waits for as long as Ray needs to find a place
@@ -111,7 +118,6 @@ class Pool:
             for worker in sorted(self.live):
                 if todo and busy[worker] == load:
                     work = todo.popleft()
-                    self._rows.pop(work.bucket, None)
                     self._calls[self._actors[worker].capture.remote(work)] = (work, worker)
                     busy[worker] += 1
 
@@ -120,7 +126,7 @@ class Pool:
         for ref in answered:
             del self._polls[ref]
             with suppress(self._ray.exceptions.RayError):  # a dead worker's calls tell
-                self._rows.update(self._ray.get(ref))
+                self._rows |= self._ray.get(ref)
         asked = set(self._polls.values())
         self._polls |= {self._actors[w].rows_done.remote(): w for w in self.live if w not in asked}
 
@@ -143,6 +149,8 @@ class Pool:
                 self.live.discard(worker)
                 self._start(worker)
             return None
+        finally:
+            self._rows.pop(work.bucket, None)
         self._log.write("bucket", worker=worker, **vars(summary))
         return summary
 

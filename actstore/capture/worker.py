@@ -47,6 +47,8 @@ class BucketSummary:
     encode_s: float
     """Per encoding thread, as is `put_s` per thread that puts: how long the stage would have taken alone."""
     put_s: float
+    retries: int
+    """Requests to the store that this worker had to send once more since it last reported."""
 
 
 @dataclass
@@ -67,6 +69,8 @@ class Replica:
     _forward: threading.Lock = field(default_factory=threading.Lock)
     _rows: dict[int, int] = field(default_factory=dict[int, int])
     _loaded: _Loaded | None = None
+    _counting: threading.Lock = field(default_factory=threading.Lock)
+    _retries: int = 0
 
     def start(self) -> dict[str, Any]:
         """Load the model and open the store; says where it runs, for the log."""
@@ -75,7 +79,7 @@ class Replica:
         return {"pid": os.getpid(), "host": os.uname().nodename, "seconds": round(time.perf_counter() - began, 3)}
 
     def rows_done(self) -> dict[int, int]:
-        """Rows that went through the model, by bucket; for progress."""
+        """Rows that went through the model, by bucket that is there now; for progress."""
         return dict(self._rows)
 
     def capture(self, work: Work) -> BucketSummary:
@@ -86,6 +90,7 @@ class Replica:
             began = time.perf_counter()
             loaded, data = self._load(), self._rows_of(work)
             forward_s = time.perf_counter() - began
+        self._rows.pop(work.bucket)
         began, times, writer = time.perf_counter(), WriteTimes(), loaded.writer
         mended = False
         if work.keys:
@@ -102,7 +107,14 @@ class Replica:
             write_s=time.perf_counter() - began,
             encode_s=times.encode_s / writer.threads,
             put_s=times.put_s / writer.puts,
+            retries=self._new_retries(),
         )
+
+    def _new_retries(self) -> int:
+        assert self._loaded
+        with self._counting:
+            before, self._retries = self._retries, self._loaded.writer.storage.retries
+            return self._retries - before
 
     def _rows_of(self, work: Work) -> dict[str, Any]:
         """All arrays of a bucket, in stored order."""

@@ -40,6 +40,8 @@ class Storage(Protocol):
     """What `store/`, `tokens/` and `stream/` use of a storage backend."""
 
     url: str
+    retries: int
+    """Requests that were sent once more, since the storage was opened; 0 for a directory."""
 
     def get(self, key: str, limit: int | None = None) -> bytes:
         """The whole object; `StoreError` if it is missing, or larger than `limit` bytes (no more are fetched)."""

@@ -31,6 +31,8 @@ _PIECES = 512  # below every system's IOV_MAX
 class LocalStorage:
     """A directory."""
 
+    retries: int = 0
+
     def __init__(self, root: Path) -> None:
         """Use `root`, which need not exist yet."""
         self.root = root

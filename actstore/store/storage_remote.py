@@ -92,6 +92,8 @@ class RemoteStorage:
         self._pid = 0
         self._made: Driver | None = None
         self._answered = False
+        self.retries = 0
+        """Requests that were sent once more."""
         deadline()
         self._driver()
 
@@ -116,6 +118,7 @@ class RemoteStorage:
             retry=retry_if_exception_type(TransientError),
             wait=wait_random_exponential(multiplier=0.2, max=10),
             stop=self._enough,
+            before_sleep=self._count,
             reraise=True,
         )
 
@@ -152,6 +155,9 @@ class RemoteStorage:
     def _patience(self) -> float:
         """Seconds until a failing request is not tried again."""
         return deadline() if self._answered else min(deadline(), FIRST_CONTACT)
+
+    def _count(self, _state: RetryCallState) -> None:
+        self.retries += 1  # no lock, which a fork could leave taken: two threads may count as one
 
     def _enough(self, state: RetryCallState) -> bool:
         return stop_before_delay(self._patience())(state)
