@@ -8,14 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from tiny import config_of, save
 
 from actstore.capture import memory
 from actstore.capture.memory import Needs, check_memory, free_memory, needs
+from actstore.capture.model import load_config, model_identity
+from actstore.capture.sites import check_sites, expand_sites
 from actstore.errors import CaptureError
-from actstore.store import SiteSpec, StoreSpec
+from actstore.progress import Progress
+from actstore.store import SiteSpec, StoreSpec, create_store
+from actstore.tokens import TokenizeConfig, copy_tokens, open_tokens, tokenize
 
 SPEC = StoreSpec(sites={"resid_post.1": SiteSpec(d=48)}, rows=1 << 22)
 SHAPE = {"dtype_bytes": 2, "seq_len": 128, "batch_size": 8, "threads": 2, "local": True, "on_gpu": False}
@@ -60,8 +66,9 @@ def test_limits_that_limit_nothing_and_one_that_is_passed(no_container, allowed,
 
 
 def test_two_buckets_and_their_provenance_grow_with_bucket_rows():
-    small, large = (needs(replace(SPEC, bucket_rows=n), config_of("llama"), **SHAPE) for n in (1 << 18, 1 << 20))
-    assert large.total - small.total == ((1 << 20) - (1 << 18)) * (2 * 48 * 2 + 52)
+    spec = replace(SPEC, sites={"resid_post.1": SiteSpec(d=2304)})  # so that provenance is not the largest shard
+    small, large = (needs(replace(spec, bucket_rows=n), config_of("llama"), **SHAPE) for n in (1 << 18, 1 << 20))
+    assert large.total - small.total == ((1 << 20) - (1 << 18)) * (2 * 2304 * 2 + 52)
     assert needs(replace(SPEC, rows=1 << 15), config_of("llama"), **SHAPE).bucket_rows == 1 << 15
 
 
@@ -91,6 +98,7 @@ def test_layers_behind_the_deepest_site_count_only_where_malloc_keeps_them(monke
     config = config_of("llama", num_hidden_layers=8)
     whole, kept = memory.parameter_bytes(config, 2, SPEC)
     assert kept == whole
+    assert config.num_hidden_layers == 8
     monkeypatch.setattr(memory, "KEPT_BY_MALLOC", 0)
     layer = (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 96 + 2 * 48) * 2
     assert whole - memory.parameter_bytes(config, 2, SPEC)[1] == 6 * layer + 2000 * 48 * 2  # and the unembedding
@@ -147,28 +155,24 @@ def test_the_advice_fits_and_one_shard_more_does_not(row, fixed, loading, free, 
             assert needed.total * workers <= free
 
 
-FILL_TWO_BUCKETS = """Prints by how many bytes two full buckets raised this process's memory above what one small one took."""
-FILL_TWO_BUCKETS += '''
-import json, sys, threading
+FILL_TWO_BUCKETS = """
+import sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np
-from actstore.capture.segments import Work
+from actstore.capture.segments import open_segments, work_of
 from actstore.capture.worker import Replica, ReplicaConfig
 from actstore.store import StoreWriter, open_writer
-from actstore.tokens import span_of
+from actstore.tokens import row_starts
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 model, store = sys.argv[1:]
-replica = Replica(ReplicaConfig(model, None, "bfloat16", "cpu", store, 64, 1))
-replica.start()
-table, spec = replica._loaded.segments[0].tokens, replica._loaded.writer.spec
-per_sequence = table.seq_len - 1
-starts = np.arange(table.sequences + 1) * per_sequence
-works = [Work(b, 0, span_of(starts, *spec.bucket_range(b))) for b in range(2)]
-replica._rows_of(Work(2, 0, span_of(starts, *spec.bucket_range(2))))
+writer = open_writer(store)
+segment = open_segments(writer.storage, writer.spec)[0]
+*works, short = work_of(writer.spec, 0, segment, row_starts(segment.tokens), range(3))
+replica = Replica(ReplicaConfig(model, None, "float32", "cpu", store, 8, 1))
+replica.capture(short)
 before, full, write = peak(), threading.Barrier(2), StoreWriter.write_arrays
 
 def held(self, *arguments, **options):
@@ -177,23 +181,32 @@ def held(self, *arguments, **options):
 
 StoreWriter.write_arrays = held
 with ThreadPoolExecutor(2) as pool:
-    rows = sum(summary.rows for summary in pool.map(replica.capture, works))
-print(json.dumps({"grown": peak() - before, "rows": rows}))
-'''
+    list(pool.map(replica.capture, works))
+print(peak() - before)
+"""
+"""Prints by how many bytes two buckets that are full at a time raise the peak of what a small one took."""
 
 
-@pytest.fixture
-def ready(tmp_path):
-    """A tiny float model with wide sites, and a store of two large buckets and a small one that it may fill."""
-    import torch
-
-    from actstore.capture.model import load_config, model_identity
-    from actstore.store import create_store
-
-    model = save(tmp_path / "model", "llama", torch.bfloat16, ["some text"])
-    identity = model_identity(str(model), load_config(str(model)), "bfloat16")
-    return model, create_store, identity
-
-
-def test_two_full_buckets_take_what_the_formula_says(ready, tmp_path):
-    pytest.skip("filled in below")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
+def test_two_full_buckets_take_what_the_formula_says(tmp_path):
+    rows = 3 << 14
+    text = [f"Document {i}: the quick brown fox, {'jumps over ' * (i % 13)}the lazy dog." for i in range(5200)]
+    model = str(save(tmp_path / "model", "llama", torch.float32, text[:120]))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text))
+    source, out = str(tmp_path / "text.jsonl"), str(tmp_path / "tokens")
+    tokenize(TokenizeConfig(sources=(source,), tokenizer=model, seq_len=128, out=out), Progress(Console(quiet=True)))
+    config = load_config(model)
+    widths = check_sites(config, expand_sites(("all",), config), model)
+    spec = StoreSpec(
+        sites={name: SiteSpec(d=d) for name, d in widths.items()},
+        rows=2 * rows + 4096,
+        bucket_rows=rows,
+        shard_rows=4096,
+        provenance={"model": model_identity(model, config, "float32")},
+    )
+    writer = create_store(tmp_path / "store", spec)
+    copy_tokens(open_tokens(out), writer.storage)
+    call = [sys.executable, "-c", FILL_TWO_BUCKETS, model, str(tmp_path / "store")]
+    grown = int(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+    assert grown == pytest.approx(rows * needs(spec, config, **SHAPE).row, rel=0.15)

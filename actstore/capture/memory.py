@@ -15,6 +15,7 @@ the higher one; a safetensors file is mapped, and its pages are the kernel's to 
 pass are in its own memory, and not counted. `benchmarks/capture.py` compares all this with what processes take.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def parameter_bytes(model_config: Any, dtype_bytes: int, spec: StoreSpec) -> tup
     from actstore.capture.sites import parse_sites
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(model_config)
+        model: Any = AutoModelForCausalLM.from_config(deepcopy(model_config))  # which `truncate` changes
     sizes = {name: p.numel() * dtype_bytes for name, p in model.named_parameters()}
     truncate(model, max(site.layer for site in parse_sites(spec.sites)))
     left = {name for name, _ in model.named_parameters()}
