@@ -4,8 +4,7 @@ python benchmarks/capture.py SMOLLM2.gguf [--only cheap|ray|memory]
 
 The bare pass is `transformers` alone on the same batches: the layers up to the deepest site, no hook, nothing kept.
 What is compared alternates within a round, and ratios are medians over rounds, because the machine is shared. A part
-that is run alone replaces its own figures in capture.json. Run it at raised priority; where Linux groups
-processes by session, `nice` counts within a session only: `echo -20 > /proc/self/autogroup` in one of its own.
+that is run alone replaces its own figures in capture.json. README.md says how to raise its priority.
 """
 
 import argparse
@@ -260,7 +259,8 @@ def lines(rows: Sequence[Figures]) -> list[tuple[Any, ...]]:
 
 def page(record: Figures) -> str:
     """The Markdown page of all parts."""
-    text = ["# capture", "", "`nice -n -20 python benchmarks/capture.py SMOLLM2.gguf`. Do not edit.", ""]
+    command = "`python benchmarks/capture.py SMOLLM2.gguf`, at raised priority as in README.md. Do not edit."
+    text = ["# capture", "", command, ""]
     for part in PARTS:
         if rows := record.get(part):
             text += [WORDS[part], "", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
