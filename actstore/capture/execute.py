@@ -96,6 +96,7 @@ class Plan:
                 threads=self.threads,
                 local=isinstance(open_storage(self.store), LocalStorage),
                 on_gpu=self.config.device == "cuda" or self.config.devices_per_worker > 1,
+                gguf=self.model.endswith(".gguf"),
             )
             check_memory(needed, self.config.workers, spec.shard_rows)
 

@@ -185,6 +185,7 @@ def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
         threads=config.threads,
         local=isinstance(open_storage(config.store), LocalStorage),
         on_gpu=config.device != "cpu",
+        gguf=config.model.endswith(".gguf"),
     )
     check_memory(needed, 1, spec.shard_rows, resident=psutil.Process().memory_info().rss)
     torch.set_num_threads(config.threads)
