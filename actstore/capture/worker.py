@@ -1,13 +1,16 @@
 """A replica: one model that turns buckets into committed objects.
 
-`capture` runs in two threads at a time and a lock admits one of them to the model, so one bucket is encoded and put
-while the next one's forward passes run. `actstore.capture.memory` states what that takes. Each call keeps its own
-exception; activations leave through the store only.
+`capture` runs in two threads at a time, and hands its forward passes to one thread that both share, so one bucket is
+encoded and put while the next one's passes run. It is always the same thread because OpenMP keeps a team of threads
+for each one that computes: with two teams a CPU model lost a tenth of its speed (`docs/log.md`).
+`actstore.capture.memory` states what two buckets take. Each call keeps its own exception; activations leave through
+the store only.
 """
 
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +69,7 @@ class Replica:
     """One model replica; `ray.remote` makes an actor of it."""
 
     config: ReplicaConfig
-    _forward: threading.Lock = field(default_factory=threading.Lock)
+    _forward: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "actstore-forward"))
     _rows: dict[int, int] = field(default_factory=dict[int, int])
     _loaded: _Loaded | None = None
     _counting: threading.Lock = field(default_factory=threading.Lock)
@@ -75,7 +78,7 @@ class Replica:
     def start(self) -> dict[str, Any]:
         """Load the model and open the store; says where it runs, for the log."""
         began = time.perf_counter()
-        self._load()
+        self._forward.submit(self._load).result()
         return {"pid": os.getpid(), "host": os.uname().nodename, "seconds": round(time.perf_counter() - began, 3)}
 
     def rows_done(self) -> dict[int, int]:
@@ -86,12 +89,9 @@ class Replica:
         """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is mended."""
         from actstore.store.writer import WriteTimes
 
-        with self._forward:
-            began = time.perf_counter()
-            loaded, data = self._load(), self._rows_of(work)
-            forward_s = time.perf_counter() - began
-        self._rows.pop(work.bucket)
-        began, times, writer = time.perf_counter(), WriteTimes(), loaded.writer
+        data, forward_s = self._forward.submit(self._rows_of, work).result()
+        assert self._loaded
+        began, times, writer = time.perf_counter(), WriteTimes(), self._loaded.writer
         mended = False
         if work.keys:
             from actstore.store.repair import mend_bucket
@@ -116,13 +116,13 @@ class Replica:
             before, self._retries = self._retries, self._loaded.writer.storage.retries
             return self._retries - before
 
-    def _rows_of(self, work: Work) -> dict[str, Any]:
-        """All arrays of a bucket, in stored order."""
+    def _rows_of(self, work: Work) -> tuple[dict[str, Any], float]:
+        """All arrays of a bucket, in stored order, and the seconds that took."""
         from actstore.capture.bucket import bucket_rows
 
-        assert self._loaded
-        loaded, segment = self._loaded, self._loaded.segments[work.segment]
-        tokens, span = segment.tokens, work.span
+        began, loaded = time.perf_counter(), self._load()
+        segment, span = loaded.segments[work.segment], work.span
+        tokens = segment.tokens
         self._rows[work.bucket] = 0
 
         def advance(rows: int) -> None:
@@ -140,8 +140,9 @@ class Replica:
             encoding=next(iter(loaded.writer.spec.sites.values())).encoding,
             advance=advance,
         )
-        sequence = rows.sequence + segment.first_sequence
-        return {**sites, "sequence": sequence, "position": rows.position, "token_id": rows.token_id}
+        self._rows.pop(work.bucket)
+        provenance = {"sequence": rows.sequence + segment.first_sequence, "position": rows.position}
+        return {**sites, **provenance, "token_id": rows.token_id}, time.perf_counter() - began
 
     def _load(self) -> _Loaded:
         if self._loaded is None:
