@@ -20,7 +20,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     program = f"import sys; sys.argv = ['actstore', 'demo', '--out', {str(out)!r}, '--json', {str(out / 'f.json')!r}]; "
     program += "from actstore.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "loss recovered" in done.stdout
     assert str(out / "report.html") in done.stdout
@@ -28,7 +28,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_figures(demo: Path) -> None:
     figures = json.loads((demo / "f.json").read_text())
     assert set(figures) == KEYS

@@ -25,6 +25,7 @@ def ray_for(config: WorkersConfig, threads: int) -> Generator[Any]:
         ("RAY_USAGE_STATS_ENABLED", "0"),
         ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"),
         ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
+        ("RAY_worker_niceness", "0"),  # else 15, and whatever else the machine does comes first
     ):
         os.environ.setdefault(name, value)
     import ray
