@@ -290,6 +290,15 @@ def test_what_does_not_fit_in_memory_is_refused_before_anything_is_made(config, 
     assert not Path(config.out).exists()
 
 
+def test_a_bad_runtime_environment_is_refused_before_anything_is_made(config, tmp_path):
+    for name, text in (("none.json", None), ("bad.json", "{"), ("list.json", "[]"), ("vars.json", '{"env_vars": 5}')):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"runtime_env .*{name}: "):
+            capture(replace(config, runtime_env=tmp_path / name), QUIET)
+    assert not Path(config.out).exists()
+
+
 def test_the_log_says_what_happened_and_names_no_path(config, folder):
     done = capture(config, QUIET)
     storage = open_storage(config.out)

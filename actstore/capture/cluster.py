@@ -34,7 +34,7 @@ def ray_for(config: WorkersConfig, threads: int) -> Generator[Any]:
         yield ray
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    environment = _environment(config)
+    environment = runtime_environment(config)
     if config.address:
         ours = {k: v for k, v in os.environ.items() if k.startswith(_OURS)}
         environment["env_vars"] = ours | environment.get("env_vars", {})
@@ -65,7 +65,8 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _environment(config: WorkersConfig) -> dict[str, Any]:
+def runtime_environment(config: WorkersConfig) -> dict[str, Any]:
+    """What the user's file says; `ValueError` if it is no runtime environment."""
     if config.runtime_env is None:
         return {}
     try:

@@ -53,7 +53,7 @@ def event_log(storage: Storage) -> Generator[EventLog]:
     try:
         yield log
     except BaseException as e:
-        log.write("failed", error=f"{type(e).__name__}: {e}")
+        log.write("failed", error=type(e).__name__)  # the message may hold paths of a machine
         with suppress(StoreError):  # the run's own error is what the user must see
             log.flush()
         raise

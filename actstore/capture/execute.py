@@ -10,7 +10,7 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from actstore.capture.cluster import placement, ray_for
+from actstore.capture.cluster import placement, ray_for, runtime_environment
 from actstore.capture.config import DType, WorkersConfig
 from actstore.capture.events import event_log
 from actstore.capture.memory import check_memory, needs
@@ -76,6 +76,10 @@ class Plan:
     dtype: DType
     batch_size: int
     store: str
+
+    def __post_init__(self) -> None:
+        """Refuse a bad runtime environment now, not when Ray starts."""
+        runtime_environment(self.config)
 
     @property
     def threads(self) -> int:
