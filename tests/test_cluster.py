@@ -148,8 +148,15 @@ def commits(url: str) -> set[int]:
     return {int(p.stem) for p in (Path(url) / "commits").glob("*.json") if b'"committed"' in p.read_bytes()}
 
 
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith("ray::Replica")
+    except psutil.NoSuchProcess:
+        return False
+
+
 def replicas() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Replica")]
+    return [p for p in psutil.Process().children(recursive=True) if is_replica(p)]
 
 
 def wait_for(condition, what, seconds=120):
