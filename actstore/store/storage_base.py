@@ -12,6 +12,7 @@ since. Prior art: S3's and GCS's conditional puts (docs/object-storage.md).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Protocol, runtime_checkable
 
 from actstore.errors import MissingError, StoreError
@@ -49,6 +50,10 @@ class Storage(Protocol):
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; `StoreError` if the object is shorter."""
+        ...
+
+    def until(self, stop: Event) -> "Storage":
+        """The same storage, whose requests are not tried again once `stop` is set."""
         ...
 
     def put(self, key: str, data: Buffers) -> None:

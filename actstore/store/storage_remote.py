@@ -8,13 +8,22 @@ than half the deadline, is a failed try. A request that is under way at the dead
 within one and a half times the deadline.
 """
 
+import copy
 import os
 import re
+import threading
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_before_delay,
+    wait_random_exponential,
+)
 
 from actstore.errors import StoreError
 from actstore.store.storage_base import (
@@ -92,6 +101,7 @@ class RemoteStorage:
         self._pid = 0
         self._made: Driver | None = None
         self._answered = False
+        self._stop = threading.Event()
         self.retries = 0
         """Requests that were sent once more."""
         deadline()
@@ -105,8 +115,16 @@ class RemoteStorage:
                 raise
             except Exception as e:
                 raise StoreError(f"{self._where}: can't connect: {plain(e)}; {CHECK}") from e
+            if self._pid:  # a fork may have left the lock of the parent's event taken
+                self._stop = threading.Event()
             self._pid = os.getpid()
         return self._made
+
+    def until(self, stop: threading.Event) -> "RemoteStorage":
+        """See `Storage`; retries are counted apart."""
+        made = copy.copy(self)
+        made.__dict__.update(_stop=stop, retries=0)
+        return made
 
     def _name(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}" if self._root else check_key(key)
@@ -119,6 +137,7 @@ class RemoteStorage:
             wait=wait_random_exponential(multiplier=0.2, max=10),
             stop=self._enough,
             before_sleep=self._count,
+            sleep=sleep_using_event(self._stop),
             reraise=True,
         )
 
@@ -160,7 +179,7 @@ class RemoteStorage:
         self.retries += 1  # no lock, which a fork could leave taken: two threads may count as one
 
     def _enough(self, state: RetryCallState) -> bool:
-        return stop_before_delay(self._patience())(state)
+        return self._stop.is_set() or stop_before_delay(self._patience())(state)
 
     def _write(self, key: str, data: Buffers, *, create: bool = False, version: str | None = None) -> None:
         name = self._name(key)

@@ -1,54 +1,51 @@
 """`ActivationDataset`: shuffled batches of a store for any trainer.
 
-Every batch is a pure function of (store, sites, seed, epoch, step): the same for any number of ranks that divides
-`streams`, for any kill and resume, with or without a DataLoader. State is a few integers. Threads do the work; use it
-bare or in `DataLoader(ds, batch_size=None)`, never with several worker processes.
+Every batch is a pure function of (store, sites, filter, seed, epoch, step): the same for any number of ranks that
+divides `streams`, for any kill and resume, with or without a DataLoader. State is a few integers. Threads do the work;
+use it bare or in `DataLoader(ds, batch_size=None)`, never with several worker processes.
 """
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from actstore.errors import StreamError, mismatch
 from actstore.store.reader import Store, open_store
 from actstore.store.spec import PROVENANCE_ARRAYS
-from actstore.store.storage import LocalStorage
-from actstore.stream.order import ORDER_VERSION, Geometry, StreamOrder
-from actstore.stream.pipeline import Batch, Meter, Pipeline, Recycler
+from actstore.stream import explain, plan
+from actstore.stream.device import DeviceMemory, hand_over
+from actstore.stream.filter import RowFilter, Split, count_rows, max_norms
+from actstore.stream.filtered import filtered_orders
+from actstore.stream.host import HOST_TYPES, Column, HostMemory, Recycler
+from actstore.stream.isolate import IsolatedPipeline
+from actstore.stream.meter import STALL, Meter
+from actstore.stream.order import StreamOrder
+from actstore.stream.pipeline import Memory, Pipeline, Reading
+from actstore.stream.plan import Plan
+
+log = logging.getLogger("actstore.stream")
 
 STATE_VERSION = 1
-REMOTE_THREADS = 16
-"""Concurrent requests to an object store; in-region S3 saturates at about 32 (insitubatch's measurements)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything that fixes a reading order, epoch and position aside."""
-
-    store: str
-    """Fingerprint of the store's committed content."""
-    sites: tuple[str, ...]
-    seed: int
-    batch_size: int
-    streams: int
-    shuffle_chunks: int
-    shuffle: bool
-    drop_last: bool
-    order_version: int = ORDER_VERSION
+WARN_AFTER_S = 10.0
+"""Seconds of a loop before its consumer is told that it waits."""
+Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class ActivationDataset(IterableDataset[Any]):
     """Batches of activations, shuffled, from a store.
 
     Yields `Tensor [B, d]` for one site, `dict[str, Tensor]` for several or with `with_rows`. bf16 and fixed sites come
-    as bfloat16, f32 sites as float32; provenance as int32. Every tensor is fresh: change it as you like.
+    as bfloat16, f32 sites as float32, unless `dtype` asks for another type; provenance as int32. Every tensor is
+    fresh: change it as you like.
     """
 
     def __init__(
@@ -62,15 +59,28 @@ class ActivationDataset(IterableDataset[Any]):
         shuffle: bool = True,
         drop_last: bool = True,
         with_rows: bool = False,
+        dtype: Dtype | torch.dtype | None = None,
+        normalize: Literal["unit_mean_square"] | None = None,
+        drop_positions: Sequence[int] = (),
+        drop_tokens: Sequence[int] = (),
+        max_norm: float | Mapping[str, float] | None = None,
+        held_out: float = 0.0,
+        split: Split = "train",
         streams: int = 8,
         shuffle_chunks: int = 64,
         rank: int | None = None,
         world_size: int | None = None,
         threads: int | None = None,
+        max_inflight: int | None = None,
         memory_budget: int | None = None,
         prefetch: int = 4,
+        device: str | torch.device | None = None,
+        isolate: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        skip_chunks: int = 16,
+        replay: bool = False,
     ) -> None:
-        """Plan the reading of a store; nothing but metadata is read yet.
+        """Plan the reading of a store; only metadata is read yet, and with a filter the columns that it looks at.
 
         Args:
             url: the store, or an open one.
@@ -81,19 +91,48 @@ class ActivationDataset(IterableDataset[Any]):
             shuffle: False reads in stored order (which is itself shuffled within buckets).
             drop_last: leave out the last, short batch.
             with_rows: also yield `sequence`, `position` and `token_id` [B].
+            dtype: type of the activations: bfloat16, float16 or float32; default as stored, see above.
+            normalize: "unit_mean_square" divides by sqrt(E||x||^2) of the store, so that the mean squared norm is 1
+                (Gemma Scope, arXiv 2408.05147 sec. 3.1). The mean is over all committed rows, whatever the filter.
+            drop_positions: positions in the sequence to leave out, such as (0, 1).
+            drop_tokens: token ids to leave out.
+            max_norm: leave out rows with a greater L2 norm than this, of any site or by site, in stored units. Unlike
+                the other filters it reads the site once before the first batch.
+            held_out: share of sequences that are kept from training; the same ones for every seed.
+            split: "train" reads the others, "held_out" reads them.
             streams: canonical streams S; world sizes that divide S see the same global order.
             shuffle_chunks: chunks mixed at any time, over all streams.
             rank, world_size: default from torch.distributed, else 0 of 1.
-            threads: fetch-and-decode threads; default one a core for local stores, 16 for object stores.
-            memory_budget: bytes for chunks and batches in memory; default what the plan needs plus read-ahead.
+            threads: threads that decode and gather; default one a core.
+            max_inflight: requests under way at a time; default 16 for object stores, and for a directory none but
+                those of the decoding threads themselves.
+            memory_budget: bytes for chunks, reads and batches in memory; default what the plan needs plus read-ahead.
             prefetch: batches ready in advance.
+            device: deliver batches on this device, such as "cuda"; chunks lie and rows are gathered there.
+            isolate: run the pipeline in a process of its own, with one more copy of each batch.
+            on_error: "skip" goes on without chunks that can't be read, and counts them in `stats()`; their rows are
+                missing from their batches.
+            skip_chunks: chunks an epoch that "skip" may leave out before it raises.
+            replay: read a few batches once and repeat these very tensors for the rest of the epoch: the rate of a
+                trainer that never waits. Don't change them.
+
+        Raises:
+            ValueError: for settings that can't be carried out, with the numbers and the nearest value that works.
+            StreamError: if nothing is committed yet, or no row passes the filter.
 
         """
         super().__init__()
         self.store = url if isinstance(url, Store) else open_store(url)
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         self._single = isinstance(sites, str) and not with_rows
-        self._rank, self._world = _distributed(rank, world_size)
+        self._rank, self._world = plan.distributed(rank, world_size)
+        where = RowFilter(
+            drop_positions=tuple(sorted({int(i) for i in drop_positions})),
+            drop_tokens=tuple(sorted({int(i) for i in drop_tokens})),
+            max_norm=max_norms(max_norm, self.sites),
+            held_out=held_out,
+            split=split,
+        )
         self._plan = Plan(
             store=self.store.fingerprint,
             sites=self.sites,
@@ -103,78 +142,140 @@ class ActivationDataset(IterableDataset[Any]):
             shuffle_chunks=shuffle_chunks,
             shuffle=shuffle,
             drop_last=drop_last,
+            where=where,
         )
-        self._geometry = _geometry(self.store)
-        self._check()
-        self._mix = max(1, shuffle_chunks // streams) if shuffle else 1
+        plan.check(self._plan, self.store, self._world)
         self._names = self.sites + (PROVENANCE_ARRAYS if with_rows else ())
-        cores = os.cpu_count() or 1
-        self._threads = threads or (cores if isinstance(self.store.storage, LocalStorage) else REMOTE_THREADS)
-        self._prefetch = prefetch
-        self._buffers = self._fit(memory_budget)
+        self._dtype = _dtype(dtype)
+        if normalize not in (None, "unit_mean_square"):
+            raise ValueError(f"normalize is {normalize!r}, expected 'unit_mean_square' or None")
+        self._normalize = normalize
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+        self._skip_chunks = max(skip_chunks, 0) if on_error == "skip" else 0
+        self._workers, self._fetchers = plan.pool_threads(self.store, threads, max_inflight)
+        if prefetch < 1:
+            raise ValueError(f"prefetch is {prefetch}, expected at least 1")
+        self._prefetch, self._budget, self._replay = prefetch, memory_budget, replay
+        self._device = torch.device(device) if device is not None else None
+        self._isolate = isolate
+        if isolate and self.store.url.startswith("memory://"):
+            raise ValueError("isolate needs a store that another process can open; memory:// is in this one")
         self._epoch, self._step, self._resume = epoch, 0, False
-        self._meter, self._recycler = Meter(), Recycler()
-        self._pipeline: Pipeline | None = None
-        self._pid = os.getpid()
+        self.set_epoch(epoch)
+        self.meter, self._recycler = Meter(), Recycler()
+        self._pipeline: Pipeline | IsolatedPipeline | None = None
+        self._pid, self._warned = os.getpid(), False
+        self._fingerprint_state = self._plan.to_json()
+        plan.check_rows(self._plan, self.rows)
+        self._factors = {site: self._factor(site) for site in self.sites}
+        self._fit()
 
-    def _check(self) -> None:
-        p = self._plan
-        for site in p.sites:
-            self.store.check_site(site)
-        if not p.sites or len(set(p.sites)) != len(p.sites):
-            raise ValueError(f"sites are {p.sites}, expected one or more different ones")
-        if p.streams < 1 or p.streams % self._world:
-            divisors = [w for w in range(1, p.streams + 1) if p.streams % w == 0]
-            raise ValueError(f"world size {self._world} does not divide streams={p.streams}; use one of {divisors}")
-        if p.batch_size < 1 or p.batch_size % p.streams:
-            up = max(1, -(-p.batch_size // p.streams)) * p.streams
-            raise ValueError(f"batch_size {p.batch_size} is not a multiple of streams={p.streams}; the next is {up}")
-        if p.shuffle_chunks < 1:
-            raise ValueError(f"shuffle_chunks is {p.shuffle_chunks}, expected at least 1")
-        rows = self._geometry.rows
-        if p.batch_size > rows // p.streams * p.streams:
-            most = rows // p.streams * p.streams
-            raise ValueError(f"batch_size {p.batch_size} is more than the {rows} committed rows; use at most {most}")
+    @cached_property
+    def _geometry(self) -> plan.Geometry:
+        return plan.geometry_of(self.store)
 
-    def _fit(self, budget: int | None) -> int:
-        """Chunks that the pool holds, within the memory budget."""
-        chunk = sum(self.store.index.arrays[n].array.chunk_bytes for n in self._names)
-        row = sum(self.store.index.arrays[n].array.row_bytes for n in self._names)
-        needed = self._mix * (self._plan.streams // self._world)
-        batches = (self._prefetch + 2) * row * (self._plan.batch_size // self._world)
-        if budget is None:
-            return needed + 2 * self._threads
-        fixed = batches + self._threads * chunk
-        if budget < fixed + (needed + 1) * chunk:
-            raise ValueError(
-                f"memory_budget {budget} is too small: {needed + 1} chunks of {chunk} bytes and {fixed} bytes of "
-                f"batches and reads need {fixed + (needed + 1) * chunk}; lower shuffle_chunks, prefetch or batch_size"
+    @cached_property
+    def _counts(self) -> NDArray[np.int64] | None:
+        """Rows of every chunk that pass the filter; None without one."""
+        if not self._plan.where:
+            return None
+        return count_rows(self.store, self._plan.where, threads=max(self._workers, self._fetchers))
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of an epoch over all ranks, before `drop_last`."""
+        return self._geometry.rows if self._counts is None else int(self._counts.sum())
+
+    def _factor(self, site: str) -> float:
+        if self._normalize is None:
+            return 1.0
+        mean_sq_norm = self.store.stats(site).mean_sq_norm
+        if not (mean_sq_norm > 0 and np.isfinite(mean_sq_norm)):
+            raise StreamError(
+                f"the mean squared norm of {site} is {mean_sq_norm}, expected a positive number; look for NaN or "
+                "infinite activations with: actstore info"
             )
-        return min((budget - fixed) // chunk, 2 * needed + 4 * self._threads)
+        return 1.0 / float(np.sqrt(mean_sq_norm))
+
+    def columns(self) -> dict[str, Column]:
+        """The arrays that are loaded, and how each is delivered."""
+        found: dict[str, Column] = {}
+        for name in dict.fromkeys(self._names + self._plan.where.columns):
+            index = self.store.index.arrays[name]
+            stored = index.array.dtype.name
+            natural = {"float32": torch.float32, "int32": torch.int32}.get(stored, torch.bfloat16)
+            site = name in self.store.sites
+            found[name] = Column(
+                index=index,
+                calibration=self.store.calibration(name) if name in self.store.index.calibration else None,
+                deliver=name in self._names,
+                dtype=(self._dtype or natural) if site else natural,
+                factor=self._factors.get(name, 1.0) if site else 1.0,
+            )
+        return found
+
+    def _needs(self) -> plan.Needs:
+        p, g = self._plan, self._geometry
+        columns = self.columns().values()
+        row = sum(int(np.prod(c.shape)) * torch.empty(0, dtype=c.dtype).element_size() for c in columns if c.deliver)
+        mine = p.streams // self._world
+        chunks = g.buckets * g.chunks_per_bucket // p.streams + len(g.short) + 1
+        return plan.Needs(
+            chunk=sum(c.index.array.chunk_bytes for c in columns),
+            batch=row * (p.batch_size // self._world),
+            streams=mine,
+            mixed=mine * min(p.mix, chunks),
+            wrapped=mine * max(min(2 * p.mix - 1, chunks) - min(p.mix, chunks), 0),
+            chunks=mine * chunks,
+        )
+
+    def _fit(self) -> plan.Fit:
+        return plan.fit(
+            self._needs(),
+            workers=self._workers,
+            fetchers=self._fetchers,
+            prefetch=self._prefetch,
+            budget=None if self._budget is None else int(self._budget),
+        )
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""
-        p, rows = self._plan, self._geometry.rows
-        share = p.batch_size // p.streams
-        if p.drop_last:
-            return rows // p.streams // share
-        longest = -(-rows // p.streams)
-        return (longest + share - 1) // share
+        return plan.steps(self._plan, self.rows)
 
-    def _orders(self) -> dict[int, StreamOrder]:
+    def _orders(self, epoch: int) -> Mapping[int, StreamOrder]:
         p = self._plan
-        return {
-            s: StreamOrder(
-                self._geometry,
-                seed=p.seed,
-                epoch=self._epoch,
-                streams=p.streams,
-                stream=s,
-                mix=self._mix,
-                shuffle=p.shuffle,
-            )
-            for s in range(self._rank, p.streams, self._world)
+        mine = tuple(range(self._rank, p.streams, self._world))
+        keys: dict[str, Any] = {
+            "seed": p.seed,
+            "epoch": epoch,
+            "streams": p.streams,
+            "mix": p.mix,
+            "shuffle": p.shuffle,
         }
+        if self._counts is None:
+            return {s: StreamOrder(self._geometry, stream=s, **keys) for s in mine}
+        return filtered_orders(self._geometry, self._counts, mine, **keys)
+
+    def pipeline(self, memory: Callable[[Mapping[str, Column], int], Memory], *, epoch: int, step: int) -> Pipeline:
+        """A pipeline for the rest of an epoch; `memory` makes its memory for columns and a number of buffers."""
+        columns, fit = self.columns(), self._fit()
+        reading = Reading(
+            columns=columns,
+            where=self._plan.where,
+            orders=self._orders(epoch),
+            step=step,
+            steps=len(self),
+            rows_per_step=self._plan.batch_size // self._plan.streams,
+            mix=self._plan.mix,
+            keep=fit.keep,
+            workers=self._workers,
+            fetchers=self._fetchers,
+            buffers=fit.buffers,
+            prefetch=self._prefetch,
+            skip_chunks=self._skip_chunks,
+        )
+        return Pipeline(self.store, reading, memory(columns, fit.buffers), self.meter)
 
     def __iter__(self) -> Iterator[Any]:
         """One epoch, or the rest of one after `load_state_dict`; the epoch then advances."""
@@ -185,45 +286,86 @@ class ActivationDataset(IterableDataset[Any]):
             )
         if os.getpid() != self._pid:
             # Threads and most object-store clients do not survive a fork; start afresh in the child.
-            self._pipeline, self._meter, self._recycler, self._pid = None, Meter(), Recycler(), os.getpid()
+            self._pipeline, self.meter, self._recycler, self._pid = None, Meter(), Recycler(), os.getpid()
             self.store = open_store(self.store.url)
         self._stop()
         if not self._resume:
             self._step = 0
         self._resume = False
-        return self._batches()
+        self._pipeline = self._start()
+        return self._replayed(self._pipeline) if self._replay else self._batches(self._pipeline)
 
-    def _batches(self) -> Iterator[Any]:
-        steps = len(self)
-        pipeline = Pipeline(
-            self.store,
-            self._names,
-            self._orders(),
-            step=self._step,
-            steps=steps,
-            rows_per_step=self._plan.batch_size // self._plan.streams,
-            threads=self._threads,
-            buffers=self._buffers,
-            prefetch=self._prefetch,
-            meter=self._meter,
-            recycler=self._recycler,
-        )
-        self._pipeline = pipeline
+    def _start(self) -> Pipeline | IsolatedPipeline:
+        position = {"epoch": self._epoch, "step": self._step}
+        if self._isolate:
+            return IsolatedPipeline(
+                self._settings() | {"position": position},
+                self.columns(),
+                rows=self._plan.batch_size // self._world,
+                prefetch=self._prefetch,
+                meter=self.meter,
+                recycler=self._recycler,
+            )
+        if self._device is not None:
+            device = self._device
+            return self.pipeline(lambda columns, buffers: DeviceMemory(columns, buffers, device), **position)
+        recycler = self._recycler
+        return self.pipeline(lambda columns, buffers: HostMemory(columns, buffers, recycler), **position)
+
+    def _batches(self, pipeline: Pipeline | IsolatedPipeline) -> Iterator[Any]:
+        steps, began, before = len(self), time.perf_counter(), self.meter.elapsed_s
         try:
             while (batch := pipeline.next()) is not None:
-                self._step += 1
-                if self._step == steps:
-                    self._epoch, self._step = self._epoch + 1, 0
+                self.meter.elapsed_s = before + time.perf_counter() - began
+                self._advance(steps)
+                self._watch()
                 yield self._deliver(batch)
         finally:
             pipeline.close()
 
-    def _deliver(self, batch: Batch) -> Any:
-        tensors = {name: _tensor(batch[name], self._dtype(name)) for name in self._names}
-        return tensors[self.sites[0]] if self._single else tensors
+    def _advance(self, steps: int) -> None:
+        self._step += 1
+        if self._step == steps:
+            self._epoch, self._step = self._epoch + 1, 0
 
-    def _dtype(self, name: str) -> str:
-        return self.store.index.arrays[name].array.dtype.name
+    def _replayed(self, pipeline: Pipeline | IsolatedPipeline) -> Iterator[Any]:
+        """The first batches of the epoch, again and again until its end."""
+        steps, resident = len(self), []
+        try:
+            while len(resident) < self._prefetch and (batch := pipeline.next()) is not None:
+                resident.append(self._deliver(batch))
+        finally:
+            pipeline.close()
+        for i in range(self._step, steps):
+            self._advance(steps)
+            yield resident[i % len(resident)]
+
+    def _deliver(self, batch: Any) -> Any:
+        """A batch of the pipeline as the consumer gets it."""
+        if not self._isolate and self._device is not None:
+            batch = hand_over(batch)
+        elif self._device is not None:
+            batch = {n: t.to(self._device, non_blocking=True) for n, t in batch.items()}
+        self.meter.add(delivered_bytes=sum(t.nbytes for t in batch.values()))
+        return batch[self.sites[0]] if self._single else batch
+
+    def _watch(self) -> None:
+        """Say once which stage the consumer waits for."""
+        if self._warned or self.meter.elapsed_s < WARN_AFTER_S:
+            return
+        self._warned = True
+        figures = self.meter.figures()
+        if figures["stall"] > STALL:
+            log.warning(
+                "the consumer waited %.0f%% of %.0f s for batches; the bound is %s (%s). See ds.stats(), ds.explain()",
+                100 * figures["stall"],
+                figures["elapsed_s"],
+                self._bound(),
+                explain.REMEDIES[self._bound()],
+            )
+
+    def _bound(self) -> str:
+        return self.meter.bound(fetchers=self._fetchers, workers=self._workers)
 
     def set_epoch(self, epoch: int) -> None:
         """Start the next iteration at the beginning of `epoch`; a no-op for the epoch that a loaded state is in."""
@@ -243,14 +385,14 @@ class ActivationDataset(IterableDataset[Any]):
             "version": STATE_VERSION,
             "epoch": self._epoch,
             "step": self._step,
-            "plan": {**asdict(self._plan), "sites": list(self.sites)},
+            "plan": dict(self._fingerprint_state),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`; `MismatchError` names every field of the plan that differs."""
         if state.get("version") != STATE_VERSION:
             raise StreamError(f"state version is {state.get('version')!r}, expected {STATE_VERSION}")
-        here = self.state_dict()["plan"]
+        here = self._fingerprint_state
         if state["plan"] != here:
             remedy = "Open the dataset with the settings of the state, or start without it."
             raise mismatch("the reading plan of this state", state["plan"], here, remedy)
@@ -260,34 +402,57 @@ class ActivationDataset(IterableDataset[Any]):
         self._stop()
         self._epoch, self._step, self._resume = epoch, step, True
 
-    def stats(self) -> dict[str, float]:
-        """Seconds by stage (summed over threads), bytes, chunks and batches since the dataset was made."""
-        m = self._meter
-        with m.lock:
-            return {k: v for k, v in vars(m).items() if k != "lock"}
+    def refresh(self) -> int:
+        """Plan anew over the buckets that are committed by now; returns the rows gained.
 
-    def explain(self) -> dict[str, float | int | str]:
-        """The plan in figures: steps, memory, and the design effect's factor.
+        For training while capture goes on. If there are any, the next loop begins a new epoch over all of them, and
+        states of the old plan are refused. Never happens by itself.
+        """
+        settings: dict[str, Any] = self._settings() | {"replay": self._replay, "device": self._device}
+        fresh = ActivationDataset(**settings)
+        gained = fresh.rows - self.rows
+        if fresh.store.fingerprint != self.store.fingerprint:
+            self._stop()
+            epoch = self._epoch + (self._step > 0)
+            meter, recycler, isolate = self.meter, self._recycler, self._isolate
+            self.__dict__.update(fresh.__dict__)
+            self._epoch, self.meter, self._recycler, self._isolate = epoch, meter, recycler, isolate
+        return gained
 
-        `pairs` is D - 1 over rho: how much correlation within a sequence inflates the variance of a batch gradient,
+    def stats(self) -> dict[str, Any]:
+        """What happened since the dataset was made.
+
+        Seconds by stage (summed over threads), bytes, chunks, batches, requests, retries, hedges, skips; `stall`, the
+        share of its time that the consumer waited, and the `bound` that says why; depths of the queues right now.
+        """
+        waiting = self._pipeline.waiting if self._pipeline is not None else {}
+        return {**self.meter.figures(), "bound": self._bound(), **waiting}
+
+    def explain(self, *, probe: bool = True, price_gets: float = 0.0004, price_gb: float = 0.0) -> dict[str, Any]:
+        """The plan in figures, before a run: steps, mixing, memory, requests, cost, expected rate and its bound.
+
+        `pairs` is (D - 1) / rho: how much correlation rho within a sequence inflates the variance of a batch gradient,
         (B - 1)(L - 1) / (W K) for B rows a batch, L kept rows a sequence, W rows a bucket, K chunks mixed
         (`docs/streaming.md`); L is the sequence length less BOS, where the store's provenance has it.
+
+        Args:
+            probe: read a few chunks and time the stages; False leaves rate and bound out.
+            price_gets: dollars for 1,000 requests.
+            price_gb: dollars for a GB (1e9 bytes) that is read.
+
         """
-        p, spec = self._plan, self.store.spec
-        chunk = sum(self.store.index.arrays[n].array.chunk_bytes for n in self._names)
-        mixed = self._mix * p.streams
-        tokens = self.store.provenance.get("tokens")
-        length = tokens.get("seq_len", 0) if isinstance(tokens, dict) else 0
-        found: dict[str, float | int | str] = {
-            "steps": len(self),
-            "rows": self._geometry.rows,
-            "chunks_mixed": mixed,
-            "pool_bytes": self._buffers * chunk,
-            "threads": self._threads,
-        }
-        if isinstance(length, int) and length > 1:
-            found["pairs"] = (p.batch_size - 1) * (length - 2) / (min(spec.bucket_rows, spec.rows) * mixed)
-        return found
+        return explain.explain(
+            self.store,
+            self._plan,
+            self.columns(),
+            self._fit(),
+            steps=len(self),
+            rows=self.rows,
+            world=self._world,
+            threads=(self._workers, self._fetchers),
+            probe=probe,
+            prices=(price_gets, price_gb),
+        )
 
     def close(self) -> None:
         """Stop all threads and let go of the memory; iterating again takes new ones."""
@@ -309,48 +474,60 @@ class ActivationDataset(IterableDataset[Any]):
         """Close."""
         self.close()
 
+    def _settings(self) -> dict[str, Any]:
+        """Arguments, as JSON values, that make this dataset again in another process, without device and isolation."""
+        p, w = self._plan, self._plan.where
+        return {
+            "url": self.store.url,
+            "sites": self.sites[0] if len(self.sites) == 1 and self._single else list(self.sites),
+            "batch_size": p.batch_size,
+            "seed": p.seed,
+            "shuffle": p.shuffle,
+            "drop_last": p.drop_last,
+            "with_rows": len(self._names) > len(self.sites),
+            "dtype": str(self._dtype).removeprefix("torch.") if self._dtype is not None else None,
+            "normalize": self._normalize,
+            "drop_positions": list(w.drop_positions),
+            "drop_tokens": list(w.drop_tokens),
+            "max_norm": dict(w.max_norm) or None,
+            "held_out": w.held_out,
+            "split": w.split,
+            "streams": p.streams,
+            "shuffle_chunks": p.shuffle_chunks,
+            "rank": self._rank,
+            "world_size": self._world,
+            "threads": self._workers,
+            "max_inflight": self._fetchers or None,
+            "memory_budget": self._budget,
+            "prefetch": self._prefetch,
+            "on_error": "skip" if self._skip_chunks else "raise",
+            "skip_chunks": self._skip_chunks,
+        }
+
     def __getstate__(self) -> dict[str, Any]:
         """Settings and position; the receiving process opens the store itself."""
-        state = self.__dict__.copy()
-        state.update(store=self.store.url, _pipeline=None, _meter=None, _recycler=None)
-        return state
+        more = {"replay": self._replay, "device": self._device, "isolate": self._isolate, "epoch": self._epoch}
+        return {
+            "settings": self._settings() | more,
+            "single": self._single,
+            "position": (self._step, self._resume),
+            "store": self._plan.store,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Reopen the store."""
-        self.__dict__.update(state)
-        self.store = open_store(state["store"])
-        self._meter, self._recycler = Meter(), Recycler()
-        self._pid = os.getpid()
-        if self.store.fingerprint != self._plan.store:
+        self.__init__(**state["settings"])
+        self._single = state["single"]
+        self._step, self._resume = state["position"]
+        if self.store.fingerprint != state["store"]:
             raise StreamError(f"the store at {self.store.url} changed while the dataset was sent to another process")
 
 
-def _distributed(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise ValueError("give both rank and world_size, or neither")
-    if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1}")
-    return rank, world_size
-
-
-def _geometry(store: Store) -> Geometry:
-    spec = store.spec
-    if not len(store.index.buckets):
-        raise StreamError(f"{store.url} has no committed bucket yet; let a capture finish one")
-    sizes = spec.bucket_sizes(store.index.buckets)
-    short = [(int(place), int(sizes[place])) for place in np.flatnonzero(sizes < spec.bucket_rows)]
-    return Geometry(
-        chunk_rows=spec.chunk_rows,
-        chunks_per_bucket=spec.bucket_rows // spec.chunk_rows,
-        buckets=len(store.index.buckets),
-        short=tuple(short),
-    )
-
-
-def _tensor(array: Any, dtype: str) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype in ("bfloat16", "int16") else tensor
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in HOST_TYPES:
+        names = ", ".join(str(t).removeprefix("torch.") for t in HOST_TYPES)
+        raise ValueError(f"dtype is {dtype!r}, expected one of {names}")
+    return found

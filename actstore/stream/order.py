@@ -113,7 +113,7 @@ class ChunkLine:
         return place, int(keyed.permute(turn, g.chunks_per_bucket, self._chunk_key(place))[0])
 
 
-def _cut(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+def cut(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
     """Rows start to stop of a sequence of pieces."""
     found: list[Piece] = []
     offset = 0
@@ -132,15 +132,14 @@ class StreamOrder:
         self, geometry: Geometry, *, seed: int, epoch: int, streams: int, stream: int, mix: int, shuffle: bool
     ) -> None:
         """Stream `stream` of `streams`, mixing `mix` chunks (K)."""
-        self._line = ChunkLine(geometry, seed, epoch, shuffle=shuffle)
-        self._g, self._streams, self._stream = geometry, streams, stream
-        self._mix, self._shuffle = mix, shuffle
-        self._seed, self._epoch = seed, epoch
-        self._bulk = self._line.full // streams
-        left = [self._full_piece(p) for p in range(self._bulk * streams, self._line.full)]
-        left.extend(self._line.short_chunks)
+        self._keys(geometry, seed=seed, epoch=epoch, stream=stream, mix=mix, shuffle=shuffle)
+        self._chunks = ChunkLine(geometry, seed, epoch, shuffle=shuffle)
+        self._streams = streams
+        self._bulk = self._chunks.full // streams
+        left = [self._full_piece(p) for p in range(self._bulk * streams, self._chunks.full)]
+        left.extend(self._chunks.short_chunks)
         rows = sum(p.rows for p in left)
-        self._tail = _cut(left, stream * rows // streams, (stream + 1) * rows // streams)
+        self._tail = cut(left, stream * rows // streams, (stream + 1) * rows // streams)
         self.pieces = self._bulk + len(self._tail)
         """Number of pieces, and of slots (n)."""
         self.rows = self._bulk * geometry.chunk_rows + sum(p.rows for p in self._tail)
@@ -155,9 +154,13 @@ class StreamOrder:
         self._deficit_slots = deficits[:, 0]
         self._deficit_sums = np.concatenate([[0], np.cumsum(deficits[:, 1])])
 
+    def _keys(self, geometry: Geometry, *, seed: int, epoch: int, stream: int, mix: int, shuffle: bool) -> None:
+        self._geometry, self._seed, self._epoch = geometry, seed, epoch
+        self._stream, self._mix, self._shuffle = stream, mix, shuffle
+
     def _full_piece(self, position: int) -> Piece:
-        place, chunk = self._line.chunk(position)
-        return Piece(place=place, chunk=chunk, start=0, rows=self._g.chunk_rows)
+        place, chunk = self._chunks.chunk(position)
+        return Piece(place=place, chunk=chunk, start=0, rows=self._geometry.chunk_rows)
 
     def _piece(self, i: int) -> Piece:
         if i < self._bulk:
@@ -169,18 +172,18 @@ class StreamOrder:
 
     def _deficit(self, i: int, j: int) -> tuple[int, int]:
         """(slot, rows missing there) because piece i is shorter than a chunk, for its slice j."""
-        full = self._slice(self._g.chunk_rows, j)
+        full = self._slice(self._geometry.chunk_rows, j)
         here = self._slice(self._tail[i - self._bulk].rows, j)
         return (i + j) % self.pieces, (full[1] - full[0]) - (here[1] - here[0])
 
     def first_row(self, slot: int) -> int:
         """Position in the stream of the first row of a slot; `first_row(n) == rows`."""
         missing = self._deficit_sums[np.searchsorted(self._deficit_slots, slot, side="left")]
-        return slot * self._g.chunk_rows - int(missing)
+        return slot * self._geometry.chunk_rows - int(missing)
 
     def slot_at(self, position: int) -> int:
         """The slot that holds a position of the stream, 0 <= position < rows."""
-        low, high = position // self._g.chunk_rows, self.pieces - 1
+        low, high = position // self._geometry.chunk_rows, self.pieces - 1
         while low < high:
             middle = (low + high + 1) // 2
             if self.first_row(middle) <= position:

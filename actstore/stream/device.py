@@ -1,0 +1,152 @@
+"""The pipeline's memory on a GPU: chunks cross the bus as they are decoded, rows are gathered over there.
+
+Chunks are decoded into pinned memory and copied in one piece; merging of byte planes, gather, dequantisation and
+change of type are a few torch operations on the device. So the host's memory bandwidth serves decoding only, and the
+bus sees contiguous copies. Everything is queued on one side stream: a buffer that is copied over was gathered from
+before. A batch carries an event, for which the consumer's stream waits; `record_stream` keeps the allocator from
+giving its memory away while that stream may still read it (the race that SPDL describes).
+
+The same code runs on device "cpu", which is how it is tested without a GPU.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actstore.stream.host import Column
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int16": torch.int16, "int32": torch.int32}
+
+
+@dataclass
+class DeviceBatch:
+    """A batch in the making."""
+
+    tensors: dict[str, Tensor]
+    ready: Any = None
+    """Event after the last gather; None on the CPU."""
+
+
+class DeviceMemory:
+    """Chunks and batches on `device`."""
+
+    parallel = False
+
+    def __init__(self, columns: Mapping[str, Column], buffers: int, device: torch.device) -> None:
+        """Room for `buffers` chunks on the device."""
+        self._columns, self._device = columns, device
+        self._cuda = device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
+        self._local = threading.local()
+        self._pool = {
+            n: torch.empty((buffers, c.index.array.chunk_bytes), dtype=torch.uint8, device=device)
+            for n, c in columns.items()
+            if c.deliver
+        }
+        self._steps = {
+            n: tuple(
+                torch.from_numpy(v.astype(np.float64) * c.factor).to(device)
+                for v in (c.calibration.scale, c.calibration.offset)
+            )
+            for n, c in columns.items()
+            if c.calibration is not None
+        }
+        if self._cuda:
+            torch.cuda.synchronize(device)  # the pool is allocated on another stream than it is used on
+
+    def chunk(self, name: str, buffer: int) -> NDArray[np.uint8]:  # noqa: ARG002  decoded elsewhere first
+        """Pinned memory of the calling thread, which its next chunk of this array takes again."""
+        staging: dict[str, NDArray[np.uint8]] = self._local.__dict__.setdefault("staging", {})
+        if name not in staging:
+            size = self._columns[name].index.array.chunk_bytes
+            staging[name] = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda).numpy()
+        return staging[name]
+
+    def loaded(self, name: str, buffer: int) -> None:
+        """Copy the calling thread's chunk to its buffer; returns when its pinned memory may be used again."""
+        if name not in self._pool:
+            return
+        source = torch.from_numpy(self._local.staging[name])
+        if not self._cuda:
+            self._pool[name][buffer].copy_(source)
+            return
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            self._pool[name][buffer].copy_(source, non_blocking=True)
+            done.record(self._stream)
+        done.synchronize()
+
+    def batch(self, rows: int) -> DeviceBatch:
+        """The memory of a batch."""
+        if not self._cuda:
+            return DeviceBatch(self._empty(rows))
+        with torch.cuda.stream(self._stream):
+            return DeviceBatch(self._empty(rows))
+
+    def _empty(self, rows: int) -> dict[str, Tensor]:
+        return {
+            n: torch.empty((rows, *self._columns[n].shape), dtype=self._columns[n].dtype, device=self._device)
+            for n in self._pool
+        }
+
+    def gather(self, batch: DeviceBatch, start: int, buffer: NDArray[np.int64], row: NDArray[np.int64]) -> None:
+        """Fill rows of a batch from `start` on: row `row[i]` of the chunk in buffer `buffer[i]`."""
+        if not self._cuda:
+            self._gather(batch, start, torch.from_numpy(buffer), torch.from_numpy(row))
+            return
+        with torch.cuda.stream(self._stream):
+            index = torch.from_numpy(np.stack([buffer, row])).pin_memory().to(self._device, non_blocking=True)
+            self._gather(batch, start, index[0], index[1])
+            batch.ready = torch.cuda.Event()
+            batch.ready.record(self._stream)
+
+    def _gather(self, batch: DeviceBatch, start: int, buffer: Tensor, row: Tensor) -> None:
+        for name, out in batch.tensors.items():
+            column = self._columns[name]
+            stored = _rows(self._pool[name], column, buffer, row)
+            target = out[start : start + len(row)]
+            if name in self._steps:
+                scale, offset = self._steps[name]
+                target.copy_((stored.double() * scale + offset).float())
+            elif column.factor != 1.0:
+                target.copy_((stored.double() * column.factor).float())
+            else:
+                target.copy_(stored)
+
+    def finish(self, batch: DeviceBatch, rows: int) -> DeviceBatch:
+        """The batch, of which `rows` are filled."""
+        return DeviceBatch({n: t[:rows] for n, t in batch.tensors.items()}, batch.ready)
+
+
+def _rows(pool: Tensor, column: Column, buffer: Tensor, row: Tensor) -> Tensor:
+    """Rows [n, ...] as they are stored, from chunks [buffers, bytes of a chunk] of planes or elements."""
+    array = column.index.array
+    itemsize, width = array.dtype.itemsize, int(np.prod(column.shape))
+    word = WORDS[itemsize]
+    if array.codec == "planes":
+        planes = pool.view(-1, width)
+        first = (buffer * itemsize) * array.chunk_rows + row
+        bits = torch.zeros((len(row), width), dtype=word, device=pool.device)
+        for b in range(itemsize):
+            plane = planes.index_select(0, first + b * array.chunk_rows).to(word)
+            bits.bitwise_or_(plane.bitwise_left_shift_(8 * b))
+    else:
+        bits = pool.view(word).view(-1, width).index_select(0, buffer * array.chunk_rows + row)
+    return bits.view(_STORED[array.dtype.name]).view(-1, *column.shape)
+
+
+def hand_over(batch: DeviceBatch) -> dict[str, Tensor]:
+    """Make a batch safe to use on the calling thread's current stream."""
+    if batch.ready is not None:
+        for tensor in batch.tensors.values():
+            current = torch.cuda.current_stream(tensor.device)
+            current.wait_event(batch.ready)
+            tensor.record_stream(current)
+    return batch.tensors

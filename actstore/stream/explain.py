@@ -1,0 +1,119 @@
+"""What a plan means in figures, before a run: memory, requests, cost, mixing, and the rate to expect."""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from actstore.store import codec
+from actstore.store.reader import Store
+from actstore.stream.host import Column, HostMemory, Recycler
+from actstore.stream.plan import Fit, Plan
+
+REMEDIES = {
+    "fetch": "raise max_inflight, use larger chunks, or move the store nearer",
+    "decode": "raise threads, or use more cores",
+    "gather": "raise threads, or deliver on the GPU with device='cuda'",
+    "consumer": "nothing to mend here",
+}
+"""What to do about each bound."""
+PROBE_CHUNKS = 4
+
+
+def explain(
+    store: Store,
+    plan: Plan,
+    columns: Mapping[str, Column],
+    fit: Fit,
+    *,
+    steps: int,
+    rows: int,
+    world: int,
+    threads: tuple[int, int],
+    probe: bool,
+    prices: tuple[float, float],
+) -> dict[str, Any]:
+    """See `ActivationDataset.explain`; figures of one rank unless they say otherwise."""
+    spec, mixed = store.spec, plan.mix * plan.streams
+    present = {n: c.index.chunks[c.index.chunks > 0] for n, c in columns.items()}
+    chunks = max(len(v) for v in present.values())
+    twice = 0 if fit.keep else min((plan.mix - 1) * plan.streams, chunks)
+    again = 1 + twice / max(chunks, 1)
+    stored = sum(int(v.sum(dtype=np.int64)) for v in present.values()) * again / world
+    requests = sum(len(v) for v in present.values()) * again / world
+    found: dict[str, Any] = {
+        "steps": steps,
+        "rows": rows,
+        "chunks_mixed": mixed,
+        "pool_bytes": fit.buffers * sum(c.index.array.chunk_bytes for c in columns.values()),
+        "memory_bytes": fit.memory,
+        "read_twice": twice,
+        "threads": threads[0],
+        "max_inflight": threads[1] or threads[0],
+        "requests": round(requests),
+        "stored_bytes": round(stored),
+        "dollars": round(requests / 1000 * prices[0] + stored / 1e9 * prices[1], 4),
+    }
+    tokens = store.provenance.get("tokens")
+    length = tokens.get("seq_len", 0) if isinstance(tokens, dict) else 0
+    if isinstance(length, int) and length > 1:
+        found["pairs"] = (plan.batch_size - 1) * (length - 2) / (min(spec.bucket_rows, spec.rows) * mixed)
+        found["design_effect_at_most"] = 1 + found["pairs"]
+    if probe:
+        found |= _expected(store, columns, threads, batch=plan.batch_size // world)
+    return found
+
+
+def _expected(store: Store, columns: Mapping[str, Column], threads: tuple[int, int], *, batch: int) -> dict[str, Any]:
+    """GB/s of each stage on a few chunks, and of the whole."""
+    workers, fetchers = threads
+    present = np.argwhere(next(iter(columns.values())).index.chunks > 0)
+    chosen = present[np.linspace(0, len(present) - 1, min(PROBE_CHUNKS, len(present))).astype(int)]
+    memory = HostMemory(columns, len(chosen), Recycler())
+    spots = [
+        (n, i, c.index.locate(int(p), int(store.index.buckets[p]), int(k)))
+        for i, (p, k) in enumerate(chosen)
+        for n, c in columns.items()
+    ]
+    nbytes = sum(columns[n].index.array.chunk_bytes for n, _, _ in spots)
+    data: dict[tuple[str, int], Any] = {}
+
+    def fetch(spot: Any) -> None:
+        name, i, at = spot
+        data[name, i] = store.storage.get_range(at.key, at.offset, at.length)
+
+    def decode(spot: Any) -> None:
+        name, i, at = spot
+        codec.decode_into(data[name, i], columns[name].index.array.codec, memory.chunk(name, i), at.key)
+
+    rng = np.random.default_rng(0)
+    rows = min(batch, 4096)
+    buffer = rng.integers(0, len(chosen), rows)
+    row = rng.integers(0, store.spec.chunk_rows, rows)
+    target = memory.batch(rows)
+    moved = sum(c.index.array.row_bytes for c in columns.values() if c.deliver) * rows
+    with ThreadPoolExecutor(max(workers, fetchers)) as pool:
+        rates = {
+            "fetch": nbytes / _seconds(lambda: list(pool.map(fetch, spots))) / 1e9,
+            "decode": nbytes / _seconds(lambda: list(map(decode, spots))) / 1e9 * workers,
+            "gather": moved / _seconds(lambda: memory.gather(target, 0, buffer, row)) / 1e9 * workers,
+        }
+    # what workers do one after the other takes the sum of the times
+    busy = 1 / rates["decode"] + 1 / rates["gather"] + (0 if fetchers else 1 / rates["fetch"])
+    whole = min(1 / busy, rates["fetch"])
+    return {
+        "expected_gb_s": round(whole, 3),
+        "expected_rows_s": round(whole * 1e9 / sum(c.index.array.row_bytes for c in columns.values())),
+        "expected_bound": min(rates, key=lambda k: rates[k]),
+        **{f"{k}_gb_s": round(v, 3) for k, v in rates.items()},
+    }
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of the second of two runs: the first one meets cold caches and compilers."""
+    work()
+    began = time.perf_counter()
+    work()
+    return max(time.perf_counter() - began, 1e-9)

@@ -1,0 +1,222 @@
+"""Row filters: which rows of a finished store are read, decided after it was written.
+
+A filter is a pure function of a row's provenance (position, token id, sequence) and, for `max_norm`, of its values;
+the held-out split is one of the sequence alone, so that no text is on both sides. Batches stay full and the order
+exact because the rows that pass are counted first, chunk by chunk: `count_rows` reads the provenance columns once (a
+few bytes a row against thousands), or, for `max_norm`, the site itself, which costs as much as an epoch of reading.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore import keyed
+from actstore.errors import StreamError
+from actstore.store import codec
+from actstore.store.bits import wide
+from actstore.store.fixed import Calibration
+from actstore.store.reader import Store
+from actstore.store.spec import BITS
+
+Split = Literal["train", "held_out"]
+_HELD_OUT_KEY = keyed.key(0, "held-out")
+_DOMAIN = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFilter:
+    """What a row must be to be read."""
+
+    drop_positions: tuple[int, ...] = ()
+    """Positions in the sequence that are left out."""
+    drop_tokens: tuple[int, ...] = ()
+    """Token ids that are left out."""
+    max_norm: tuple[tuple[str, float], ...] = ()
+    """(site, greatest L2 norm), in units of the stored values; rows above it, or with NaN, are left out."""
+    held_out: float = 0.0
+    """Share of sequences that training does not see, 0 to below 1."""
+    split: Split = "train"
+    """Which side of the held-out split is read."""
+
+    def __post_init__(self) -> None:
+        """Check the figures."""
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}, expected a share from 0 to below 1")
+        if self.split not in ("train", "held_out"):
+            raise ValueError(f"split is {self.split!r}, expected 'train' or 'held_out'")
+        if self.split == "held_out" and not self.held_out:
+            raise ValueError("split='held_out' needs a share: held_out=0.01, the same as in training")
+        for site, norm in self.max_norm:
+            if not norm > 0:
+                raise ValueError(f"max_norm of {site} is {norm}, expected a number above 0")
+
+    def __bool__(self) -> bool:
+        """Whether any row could be left out."""
+        return bool(self.drop_positions or self.drop_tokens or self.max_norm or self.held_out)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The arrays that decide."""
+        named = {"position": self.drop_positions, "token_id": self.drop_tokens, "sequence": self.held_out}
+        return (*(n for n, used in named.items() if used), *(site for site, _ in self.max_norm))
+
+
+def held_out(sequence: NDArray[np.integer], row: NDArray[np.integer], share: float) -> NDArray[np.bool_]:
+    """Which rows [n] are held out, by a keyed hash of their sequence; by stored row number where they have none.
+
+    The same for every seed, plan and process.
+    """
+    unknown = sequence < 0
+    index = np.where(unknown, row, sequence).astype(np.int64)
+    place = keyed.permute(index, _DOMAIN, _HELD_OUT_KEY)
+    if unknown.any():
+        place[unknown] = keyed.permute(index[unknown], _DOMAIN, _HELD_OUT_KEY ^ 1)
+    return place < int(share * _DOMAIN)
+
+
+@numba.njit(nogil=True, cache=True)
+def _squared_norms(bits: NDArray[Any], out: NDArray[np.float64]) -> None:
+    for i in range(bits.shape[0]):
+        total = 0.0
+        for k in range(bits.shape[1]):
+            x = wide(bits[i, k])
+            total += x * x
+        out[i] = total
+
+
+@numba.njit(nogil=True, cache=True)
+def _squared_norms_fixed(
+    codes: NDArray[np.int16], scale: NDArray[np.float32], offset: NDArray[np.float32], out: NDArray[np.float64]
+) -> None:
+    for i in range(codes.shape[0]):
+        total = 0.0
+        for k in range(codes.shape[1]):
+            value = np.float64(codes[i, k]) * np.float64(scale[k]) + np.float64(offset[k])
+            x = np.float64(np.float32(value))
+            total += x * x
+        out[i] = total
+
+
+def norms(rows: NDArray[Any], calibration: Calibration | None) -> NDArray[np.float64]:
+    """L2 norm [n] of rows [n, d]: bf16 bits (uint16), float32, or codes of a `fixed` site (int16)."""
+    out = np.empty(len(rows))
+    if calibration is not None:
+        _squared_norms_fixed(rows, calibration.scale, calibration.offset, out)
+    else:
+        _squared_norms(rows if rows.dtype == np.uint16 else rows.view(np.uint32), out)
+    return np.sqrt(out)
+
+
+def kept(
+    where: RowFilter,
+    columns: Mapping[str, NDArray[Any]],
+    first_row: int,
+    calibrations: Mapping[str, Calibration],
+) -> NDArray[np.bool_]:
+    """Which rows [n] of a chunk pass.
+
+    `columns` are the filter's, decoded [n, ...]; the chunk's rows are stored from row number `first_row` on.
+    """
+    n = len(next(iter(columns.values())))
+    keep = np.ones(n, np.bool_)
+    if where.drop_positions:
+        keep &= ~np.isin(columns["position"], where.drop_positions)
+    if where.drop_tokens:
+        keep &= ~np.isin(columns["token_id"], where.drop_tokens)
+    if where.held_out:
+        out = held_out(columns["sequence"], first_row + np.arange(n), where.held_out)
+        keep &= out if where.split == "held_out" else ~out
+    for site, most in where.max_norm:
+        keep &= norms(columns[site], calibrations.get(site)) <= most
+    return keep
+
+
+def element_type(store: Store, name: str) -> np.dtype[Any]:
+    """How the decoded elements of an array are looked at: bf16 as its bits."""
+    dtype = store.index.arrays[name].array.dtype
+    return BITS if dtype.name == "bfloat16" else dtype
+
+
+def chunk_sizes(store: Store) -> NDArray[np.int64]:
+    """Rows of every chunk [committed buckets, chunks per bucket]."""
+    spec = store.spec
+    held = spec.bucket_sizes(store.index.buckets)[:, None]
+    first = np.arange(spec.bucket_rows // spec.chunk_rows) * spec.chunk_rows
+    return np.clip(held - first[None, :], 0, spec.chunk_rows)
+
+
+def count_rows(store: Store, where: RowFilter, *, threads: int) -> NDArray[np.int64]:
+    """Rows of every chunk that pass [committed buckets, chunks per bucket]; reads the filter's columns once.
+
+    Raises `StreamError` if no row passes.
+    """
+    sizes = chunk_sizes(store)
+    counts = np.zeros_like(sizes)
+    spec = store.spec
+    per_shard = spec.shard_rows // spec.chunk_rows
+    calibrations = {s: store.calibration(s) for s, _ in where.max_norm if s in store.index.calibration}
+
+    def count(shard: tuple[int, int]) -> None:
+        place, first_chunk = shard
+        chunks = [c for c in range(first_chunk, min(first_chunk + per_shard, sizes.shape[1])) if sizes[place, c]]
+        columns = {n: _shard_chunks(store, n, place, chunks) for n in where.columns}
+        for i, c in enumerate(chunks):
+            rows = int(sizes[place, c])
+            first = int(store.index.buckets[place]) * spec.bucket_rows + c * spec.chunk_rows
+            found = kept(where, {n: v[i][:rows] for n, v in columns.items()}, first, calibrations)
+            counts[place, c] = np.count_nonzero(found)
+
+    shards = ((p, c) for p in range(len(sizes)) for c in range(0, sizes.shape[1], per_shard) if sizes[p, c])
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in _batches(shards, 64 * threads):
+            list(pool.map(count, batch))
+    if not counts.any():
+        raise StreamError(f"none of the {int(sizes.sum()):,} rows of {store.url} passes the filter {where}; loosen it")
+    return counts
+
+
+def _batches(items: Iterator[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    batch: list[tuple[int, int]] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    yield batch
+
+
+def _shard_chunks(store: Store, name: str, place: int, chunks: list[int]) -> list[NDArray[Any]]:
+    """Chunks of one shard, decoded [chunk_rows, ...], from one read."""
+    where = store.index.arrays[name]
+    array, bucket = where.array, int(store.index.buckets[place])
+    at = [where.locate(place, bucket, c) for c in chunks]
+    start, stop = at[0].offset, at[-1].offset + at[-1].length
+    data = memoryview(store.storage.get_range(at[0].key, start, stop - start))
+    found: list[NDArray[Any]] = []
+    for a in at:
+        decoded = np.empty(array.chunk_bytes, np.uint8)
+        piece = data[a.offset - start : a.offset - start + a.length]
+        codec.decode_into(
+            piece, array.codec, decoded, f"{store.url}/{a.key} chunk at byte {a.offset}", committed=a.crc32c
+        )
+        found.append(codec.merge(decoded, array.codec, element_type(store, name)).reshape(-1, *array.shape[1:]))
+    return found
+
+
+def max_norms(max_norm: float | Mapping[str, float] | None, sites: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    """`max_norm` as an argument, by site: one figure holds for every site that is read."""
+    if max_norm is None:
+        return ()
+    given = dict(max_norm) if isinstance(max_norm, Mapping) else dict.fromkeys(sites, float(max_norm))
+    unknown = sorted(given.keys() - set(sites))
+    if unknown:
+        raise ValueError(f"max_norm names {', '.join(unknown)}, which is not read here; sites are {', '.join(sites)}")
+    if any(math.isnan(v) for v in given.values()):
+        raise ValueError(f"max_norm is {max_norm}, expected numbers above 0")
+    return tuple(sorted((site, float(v)) for site, v in given.items()))
