@@ -52,8 +52,7 @@ class DeviceMemory:
         }
         self._steps = {
             n: tuple(
-                torch.from_numpy(v.astype(np.float64) * c.factor).to(device)
-                for v in (c.calibration.scale, c.calibration.offset)
+                torch.from_numpy(v.astype(np.float64)).to(device) for v in (c.calibration.scale, c.calibration.offset)
             )
             for n, c in columns.items()
             if c.calibration is not None
@@ -110,15 +109,13 @@ class DeviceMemory:
     def _gather(self, batch: DeviceBatch, start: int, buffer: Tensor, row: Tensor) -> None:
         for name, out in batch.tensors.items():
             column = self._columns[name]
-            stored = _rows(self._pool[name], column, buffer, row)
-            target = out[start : start + len(row)]
+            value = _rows(self._pool[name], column, buffer, row)
             if name in self._steps:
                 scale, offset = self._steps[name]
-                target.copy_((stored.double() * scale + offset).float())
-            elif column.factor != 1.0:
-                target.copy_((stored.double() * column.factor).float())
-            else:
-                target.copy_(stored)
+                value = (value.double() * scale + offset).float()
+            if column.factor != 1.0:
+                value = (value.double() * column.factor).float()
+            out[start : start + len(row)].copy_(value)
 
     def finish(self, batch: DeviceBatch, rows: int) -> DeviceBatch:
         """The batch, of which `rows` are filled."""

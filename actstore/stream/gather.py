@@ -121,12 +121,13 @@ def _scale(values: NDArray[Any], factor: float, out: NDArray[Any]) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _dequantise(
-    codes: NDArray[Any], scale: NDArray[np.float64], offset: NDArray[np.float64], out: NDArray[Any]
+    codes: NDArray[Any], scale: NDArray[np.float64], offset: NDArray[np.float64], factor: float, out: NDArray[Any]
 ) -> None:
     for i in range(out.shape[0]):
         source, target = codes[i], out[i]
         for k in range(out.shape[1]):
-            target[k] = np.float32(np.float64(source[k]) * scale[k] + offset[k])
+            value = np.float32(np.float64(source[k]) * scale[k] + offset[k])
+            target[k] = np.float32(np.float64(value) * factor)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -189,14 +190,14 @@ def gather_as(
     raw = np.empty((min(_BLOCK, len(row)), out.shape[1]), np.dtype(f"u{itemsize}"))
     middle = np.empty(raw.shape, np.float32)
     steps = () if calibration is None else (calibration.scale, calibration.offset)
-    scaled = tuple(v.astype(np.float64) * factor for v in steps)
+    wide_steps = tuple(v.astype(np.float64) for v in steps)
     for start in range(0, len(row), _BLOCK):
         stop = min(start + _BLOCK, len(row))
         block, target = raw[: stop - start], out[start:stop]
         values: NDArray[Any] = target if out.dtype == np.float32 else middle[: stop - start]
         gather(pool, buffer[start:stop], row[start:stop], block, planes=planes)
-        if scaled:
-            _dequantise(block.view(np.int16), scaled[0], scaled[1], values)
+        if wide_steps:
+            _dequantise(block.view(np.int16), wide_steps[0], wide_steps[1], factor, values)
         elif itemsize == 2:
             _widen(block, factor, values)
         else:
