@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint format builtin clean
+.PHONY: demo test test-slow test-peers lint format builtin clean
 
 demo: $(INSTALLED)
 	$(BIN)/actstore demo --out demo
@@ -13,6 +13,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-peers: $(INSTALLED)
+	$(BIN)/python tests/peers/run.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

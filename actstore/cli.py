@@ -5,7 +5,9 @@ needs it. Exit codes: 0, 1 (failed), 2 (bad arguments), 130 (interrupted; the sa
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from actstore.bench import Report
 
 Json = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also write the figures to this file, as JSON.")]
+Plot = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also draw the rates: FILE.png or FILE.svg.")]
 
 app = SubcommandApp()
 bench = SubcommandApp()
@@ -292,37 +295,30 @@ def verify(url: Positional[str], *, deep: bool = False, json: Json = None) -> No
     print(f"{found.buckets} committed buckets are intact{'' if deep else ' (sizes only; --deep reads them)'}")
 
 
-def _show(report: "Report", json: Path | None) -> None:
-    rows = [(r.what, r.gb_s, r.of_ceiling, r.ceiling) for r in report.rates]
-    console.print_table(report.command, rows, header=("", "GB/s", "ratio", "to"))
-    print(f"bound: {report.bound}")
-    console.write_json(json, report)
+def _bench(run: Callable[[], "Report"], json: Path | None, plot: Path | None) -> None:
+    """Run a benchmark and show its report."""
+    from actstore.bench import show
+    from actstore.bench.plot import check_name
+
+    check_name(plot)
+    show(run(), json, plot)
 
 
 @bench.command
-def read(
-    url: Positional[str],
-    *,
-    site: str | None = None,
-    batch_size: int = 4096,
-    seconds: float = 5.0,
-    threads: int | None = None,
-    json: Json = None,
-) -> None:
-    """Read a store as a trainer does; compare with memory copy, bare fetch, decode and gather in the same run.
+def codec(*, like: str | None = None, d: int = 2304, rounds: int = 5, json: Json = None, plot: Plot = None) -> None:
+    """Encode and decode rows in every encoding and codec, on one core; compare with memory copy.
 
     Args:
-        url: the store.
-        site: the site to read; default the first.
-        batch_size: rows a batch.
-        seconds: how long each loader run takes.
-        threads: fetch-and-decode threads; default one a core.
+        like: a store with a bf16 site whose rows are used; default: synthetic ones with the entropy of activations.
+        d: width of synthetic rows.
+        rounds: how often everything is measured, in turns.
         json: also write the figures to this file, as JSON.
+        plot: also draw the rates to this file.
 
     """
-    from actstore.bench import bench_read
+    from actstore.bench import bench_codec
 
-    _show(bench_read(url, site=site, batch_size=batch_size, seconds=seconds, threads=threads), json)
+    _bench(lambda: bench_codec(like=like, d=d, rounds=rounds), json, plot)
 
 
 @bench.command
@@ -333,7 +329,9 @@ def write(
     d: int = 2304,
     gb: float = 2.4,
     threads: int | None = None,
+    rounds: int = 5,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """Write activations; compare with bare encoding and bare puts in the same run.
 
@@ -343,12 +341,140 @@ def write(
         d: width of synthetic rows.
         gb: GB of rows that are written in each round.
         threads: encoding threads; default one a core.
+        rounds: how often everything is measured, in turns.
         json: also write the figures to this file, as JSON.
+        plot: also draw the rates to this file.
 
     """
-    from actstore.bench_write import bench_write
+    from actstore.bench import bench_write
 
-    _show(bench_write(url, like=like, d=d, gb=gb, threads=threads), json)
+    _bench(lambda: bench_write(url, like=like, d=d, gb=gb, threads=threads, rounds=rounds), json, plot)
+
+
+@bench.command
+def read(
+    url: Positional[str],
+    *,
+    site: str | None = None,
+    batch_size: int = 4096,
+    seconds: float = 5.0,
+    threads: int | None = None,
+    inflight: int | None = None,
+    rounds: int = 5,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Read a store as a trainer does; compare with memory copy, bare fetch, decode and gather in the same run.
+
+    Args:
+        url: the store.
+        site: the site to read; default the first.
+        batch_size: rows a batch.
+        seconds: how long each loader runs, over all rounds.
+        threads: decoding threads; default one a core.
+        inflight: requests at once; default as many as threads for a directory, 16 for an object store.
+        rounds: how often everything is measured, in turns.
+        json: also write the figures to this file, as JSON.
+        plot: also draw the rates to this file.
+
+    """
+    from actstore.bench import bench_read
+
+    run = partial(bench_read, url, site=site, batch_size=batch_size, seconds=seconds, threads=threads)
+    _bench(partial(run, inflight=inflight, rounds=rounds), json, plot)
+
+
+@bench.command
+def storage(
+    url: Positional[str],
+    *,
+    sizes: tuple[float, ...] = (0.25, 1.0, 4.0, 8.0, 16.0, 32.0),
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+    seconds: float = 1.0,
+    gb: float = 1.0,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """PUT and GET objects of several sizes with several requests at once, to find the knee of a backend.
+
+    Args:
+        url: below which to write, and to delete again: a directory or an fsspec URL.
+        sizes: MiB an object.
+        concurrency: requests at once.
+        seconds: how long each combination is measured.
+        gb: GB after which a combination ends sooner.
+        json: also write the figures to this file, as JSON.
+        plot: also draw the rates to this file.
+
+    """
+    from actstore.bench import bench_storage
+
+    _bench(lambda: bench_storage(url, sizes=sizes, concurrency=concurrency, seconds=seconds, gb=gb), json, plot)
+
+
+@bench.command
+def peers(
+    *,
+    rows: int = 458_752,
+    d: int = 2304,
+    batch_size: int = 4096,
+    seconds: float = 5.0,
+    rounds: int = 3,
+    only: tuple[str, ...] = (),
+    environments: Path = Path(".peers"),
+    folder: Path | None = None,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Compare with other loaders on the same rows: MosaicML Streaming, LitData, WebDataset, zarr, SAELens, datasets.
+
+    Each runs in an environment of its own, made by pip on first use (up to 2 GB each).
+
+    Args:
+        rows: rows that everyone stores and reads; about eight times their size is needed on disk.
+        d: width of a row.
+        batch_size: rows a batch.
+        seconds: how long each loader is timed in a round.
+        rounds: how often each is measured, in turns.
+        only: mosaic, litdata, webdataset, zarr, saelens, datasets; default all.
+        environments: where the environments are.
+        folder: where the rows are stored meanwhile; default the system's temporary directory.
+        json: also write the figures to this file, as JSON.
+        plot: also draw the rates to this file.
+
+    """
+    from actstore.bench import bench_peers
+
+    run = partial(bench_peers, rows=rows, d=d, batch_size=batch_size, seconds=seconds, rounds=rounds, only=only)
+    _bench(partial(run, environments=environments, folder=folder), json, plot)
+
+
+@bench.command(name="all")
+def all_(
+    url: Positional[str | None] = None,
+    *,
+    out: Path = Path("bench"),
+    d: int = 2304,
+    quick: bool = False,
+    environments: Path = Path(".peers"),
+    json: Json = None,
+    plot: Literal["png", "svg"] = "png",
+) -> None:
+    """Run every benchmark, one after the other, on synthetic rows; write all.json and plots.
+
+    Args:
+        url: below which to write, and to delete again; default: a temporary directory.
+        out: directory for all.json and a plot of each benchmark.
+        d: width of rows.
+        quick: fewer rows and rounds, under 5 minutes; peers that are not installed are only named.
+        environments: where the peers' environments are.
+        json: also write the figures to this file, as JSON.
+        plot: format of the plots.
+
+    """
+    from actstore.bench import bench_all
+
+    console.write_json(json, bench_all(out, url=url, d=d, quick=quick, environments=environments, suffix=plot))
 
 
 def main() -> None:

@@ -328,10 +328,10 @@ def test_explain_says_what_will_happen(known: Known) -> None:
         said = ds.explain(price_gets=1000.0)
         list(ds)
         stats = ds.stats()
-        # chunks that are cut between two streams are read by both, which is left out
-        assert said["requests"] <= stats["requests"] <= 1.1 * said["requests"]
+        # left out: up to one chunk a stream is cut between two and read by both, of four arrays
+        assert said["requests"] <= stats["requests"] <= said["requests"] + 8 * 4
         assert said["dollars"] == said["requests"]
-        assert said["stored_bytes"] <= stats["stored_bytes"] <= 1.1 * said["stored_bytes"]
+        assert said["stored_bytes"] <= stats["stored_bytes"] <= 1.2 * said["stored_bytes"]
         assert said["expected_gb_s"] > 0
         assert said["expected_bound"] in ("fetch", "decode", "gather")
         assert "expected_gb_s" not in ds.explain(probe=False)
