@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 CUTS = ("silence", "drop", "lost", "cut", "short")
 """No answer; close at once; forward, then close unanswered; half the answer; half the request, then close."""
+WRONG = "wrong"
+"""One byte in the middle of the answer's body is another one; not among `KINDS`, since only chunks notice."""
 KINDS = ("500", "503", "429", *CUTS)
 Fault = str | tuple[int, str] | None
 """One of `KINDS`, a status with a body, or None to leave the request alone."""
@@ -67,6 +69,11 @@ class FaultyProxy:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(10)
+
+    def script(self, faults: Iterable[Fault]) -> None:
+        """Do this to the next requests."""
+        with self._lock:
+            self._script = iter(faults)
 
     def next_fault(self, request: str) -> Fault:
         with self._lock:
@@ -126,6 +133,8 @@ class _Handler(socketserver.StreamRequestHandler):
             answer.close()
         if fault == "lost":
             return False
+        if fault == WRONG and data:
+            data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
         drop = {"transfer-encoding", "connection", "content-length"}
         lines = [f"{k}: {v}" for k, v in answer.getheaders() if k.lower() not in drop]
         size = answer.getheader("Content-Length") if method == "HEAD" else str(len(data))
