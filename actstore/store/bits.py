@@ -32,6 +32,16 @@ def _bits_of_float(_context: Any, value: Any) -> Any:
     return types.uint32(value), generate
 
 
+@intrinsic
+def fused(_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of float32, rounded once (IEEE 754 fusedMultiplyAdd)."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(a, b, c), generate
+
+
 @numba.njit(nogil=True, inline="always")
 def wide(bits: Any) -> np.float64:
     """float64 of bf16 bits (uint16) or of float32 bits (uint32)."""

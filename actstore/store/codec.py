@@ -172,8 +172,17 @@ def check_chunk(data: Any, codec: CodecName, decoded: int, what: str, *, committ
     `what` names the chunk in the `IntegrityError`; `committed` is the crc32c that the commit record has for it.
     """
     view = memoryview(data)
-    payload, stored = view[:-CRC_BYTES], int.from_bytes(view[-CRC_BYTES:], "little")
-    found = crc32c(payload) if len(view) > CRC_BYTES else None
+    payload = view[:-CRC_BYTES]
+    check_crc(payload, view[-CRC_BYTES:], what, committed=committed)
+    size = _decoded_bytes(payload, codec)
+    if size != decoded:
+        raise IntegrityError(f"{what}: holds {size} bytes, expected {decoded}")
+    return payload
+
+
+def check_crc(payload: Any, tail: Any, what: str, *, committed: int | None) -> None:
+    """`IntegrityError` unless `tail`, the end of a chunk, is the crc32c of what comes before it, and as committed."""
+    found, stored = crc32c(payload) if len(payload) else None, int.from_bytes(tail, "little")
     if found != stored:
         computed = "missing" if found is None else f"{found:08x}"
         raise IntegrityError(
@@ -185,10 +194,6 @@ def check_chunk(data: Any, codec: CodecName, decoded: int, what: str, *, committ
             f"{what}: is an intact chunk, but not the one that was committed here (crc32c {stored:08x}, committed "
             f"{committed:08x}); objects were swapped or restored from elsewhere. Find the extent with: actstore verify"
         )
-    size = _decoded_bytes(payload, codec)
-    if size != decoded:
-        raise IntegrityError(f"{what}: holds {size} bytes, expected {decoded}")
-    return payload
 
 
 def _decoded_bytes(payload: memoryview, codec: CodecName) -> int | None:

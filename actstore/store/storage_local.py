@@ -16,7 +16,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from actstore.errors import StoreError
@@ -71,14 +71,16 @@ class LocalStorage:
             raise too_short(self.url, key, offset, length, len(data))
         return data
 
-    def read_into(self, out: memoryview, key: str, offset: int) -> None:
-        """Fill `out` with the bytes from `offset` on: `get_range` without fresh memory."""
-        got = 0
+    def read_into(self, out: Sequence[memoryview], key: str, offset: int) -> None:
+        """Fill one buffer after the other with the bytes from `offset` on: `get_range` without fresh memory."""
+        at = offset
         with self._reading(key) as (fd, size):
-            while got < len(out) and (n := os.preadv(fd, [out[got:]], offset + got)):
-                got += n
-        if got != len(out):
-            raise too_short(self.url, key, offset, len(out), max(size - offset, 0))
+            for buffer in out:
+                end = at + len(buffer)
+                while at < end and (n := os.preadv(fd, [buffer[len(buffer) - (end - at) :]], at)):
+                    at += n
+                if at != end:
+                    raise too_short(self.url, key, offset, sum(map(len, out)), max(size - offset, 0))
 
     def until(self, stop: threading.Event) -> "LocalStorage":  # noqa: ARG002  nothing is tried twice here
         """See `Storage`."""

@@ -198,6 +198,7 @@ class ActivationDataset(IterableDataset[Any]):
             )
         return 1.0 / float(np.sqrt(mean_sq_norm))
 
+    @cached_property
     def columns(self) -> dict[str, Column]:
         """The arrays that are loaded, and how each is delivered."""
         found: dict[str, Column] = {}
@@ -217,7 +218,7 @@ class ActivationDataset(IterableDataset[Any]):
 
     def _needs(self) -> plan.Needs:
         p, g = self._plan, self._geometry
-        columns = self.columns().values()
+        columns = self.columns.values()
         row = sum(int(np.prod(c.shape)) * torch.empty(0, dtype=c.dtype).element_size() for c in columns if c.deliver)
         mine = p.streams // self._world
         chunks = g.buckets * g.chunks_per_bucket // p.streams + len(g.short) + 1
@@ -259,7 +260,7 @@ class ActivationDataset(IterableDataset[Any]):
 
     def pipeline(self, memory: Callable[[Mapping[str, Column], int], Memory], *, epoch: int, step: int) -> Pipeline:
         """A pipeline for the rest of an epoch; `memory` makes its memory for columns and a number of buffers."""
-        columns, fit = self.columns(), self._fit()
+        columns, fit = self.columns, self._fit()
         reading = Reading(
             columns=columns,
             where=self._plan.where,
@@ -300,7 +301,7 @@ class ActivationDataset(IterableDataset[Any]):
         if self._isolate:
             return IsolatedPipeline(
                 self._settings() | {"position": position},
-                self.columns(),
+                self.columns,
                 rows=self._plan.batch_size // self._world,
                 prefetch=self._prefetch,
                 meter=self.meter,
@@ -444,7 +445,7 @@ class ActivationDataset(IterableDataset[Any]):
         return explain.explain(
             self.store,
             self._plan,
-            self.columns(),
+            self.columns,
             self._fit(),
             steps=len(self),
             rows=self.rows,

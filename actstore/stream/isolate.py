@@ -182,7 +182,7 @@ def serve(memory: int, pipe: int) -> None:
     position = config.pop("position")
     try:
         dataset = ActivationDataset(**config)
-        slots = _Slots(memory, dataset.columns(), rows, count)
+        slots = _Slots(memory, dataset.columns, rows, count)
         lent: queue.Queue[int] = queue.Queue()
 
         def lend(n: int) -> Batch:
