@@ -155,7 +155,6 @@ def children() -> list[psutil.Process]:
 
 
 def test_the_process_ends_however_the_loop_ends(known: Known) -> None:
-    shared = set(Path("/dev/shm").iterdir())
     with pytest.raises(RuntimeError, match="trainer failed"), dataset(known.url, isolate=True) as ds:
         for _ in ds:
             assert len(children()) == 1
@@ -169,7 +168,7 @@ def test_the_process_ends_however_the_loop_ends(known: Known) -> None:
         list(iterator)
     ds.close()
     assert not children()
-    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert not [p for p in Path("/dev/shm").iterdir() if "actstore" in p.name]
 
 
 def test_the_process_reports_errors_of_its_pipeline(known: Known) -> None:

@@ -137,7 +137,9 @@ class IsolatedPipeline:
                     f"the loader's process ended ({why}); if it was killed for memory, lower memory_budget. The "
                     "dataset's state is good: a new loop continues after load_state_dict(state_dict())"
                 ) from e
-        raise StreamError("this loop was ended by close() or another loop over the same dataset; begin a new one")
+        raise StreamError(
+            "this loop was ended by close(), refresh(), load_state_dict() or another loop; begin a new one"
+        )
 
     def _send(self, message: dict[str, Any]) -> None:
         try:

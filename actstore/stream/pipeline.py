@@ -474,17 +474,17 @@ class Pipeline:
         """The next batch, None at the end; raises what a thread raised."""
         began = time.perf_counter()
         while True:
+            if self._closed:
+                raise StreamError(
+                    "this loop was ended by close(), refresh(), load_state_dict() or another loop over the same "
+                    "dataset; begin a new one"
+                )
             try:
                 batch = self._out.get(timeout=POLL_S)
                 break
             except queue.Empty:
                 if self._error is not None:
                     raise self._explained() from self._error
-                if self._stopping.is_set():
-                    raise StreamError(
-                        "this loop was ended by close(), refresh(), load_state_dict() or another loop over the same "
-                        "dataset; begin a new one"
-                    ) from None
         self._meter.add(wait_s=time.perf_counter() - began, batches=batch is not None)
         return batch
 
