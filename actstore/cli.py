@@ -401,7 +401,7 @@ def storage(
         url: below which to write, and to delete again: a directory or an fsspec URL.
         sizes: MiB an object.
         concurrency: requests at once.
-        seconds: how long each combination is measured.
+        seconds: how long each combination is measured, over three rounds.
         gb: GB after which a combination ends sooner.
         json: also write the figures to this file, as JSON.
         plot: also draw the rates to this file.

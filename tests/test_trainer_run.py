@@ -18,7 +18,7 @@ from trainer.export import fold, load_params, reconstruct, write_npz, write_sael
 from trainer.files import SavedSAE, load_sae, save_sae
 from trainer.recipe import GEMMA_SCOPE, SHORT
 from trainer.sae import init_sae
-from trainer.train import epochs, train
+from trainer.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -128,18 +128,6 @@ def test_batches_that_end_early_are_an_error():
     batches = [next(stream(0))] * 3
     with pytest.raises(StreamError, match="after 3 of 5 steps"):
         train(init_sae(16, 48, TINY, mean=torch.zeros(16)), batches, steps=5, scale=8.0)
-
-
-def test_epochs_wrap_around_and_refuse_an_empty_store():
-    class Rows(list):
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-
-    rows = Rows("ab")
-    source = epochs(rows)
-    assert [(next(source), rows.epoch) for _ in range(5)] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)]
-    with pytest.raises(StreamError, match="fewer rows"):
-        next(epochs(Rows()))
 
 
 @pytest.mark.parametrize("recipe", [TINY, dataclasses.replace(TINY, pre_bias=False, log_threshold=True)])

@@ -7,10 +7,8 @@ store and writes the result. The loop never waits for the device between log ste
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from itertools import count
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from actstore.errors import ActstoreError, StreamError
 from actstore.progress import Progress
+from actstore.stream.adapters import endless
 from trainer.config import TrainConfig
 from trainer.files import CONFIG, METRICS, save_sae
 from trainer.optim import second_moments, update
@@ -137,18 +136,6 @@ def _scalars(statistics: StepStatistics, x: Float[Tensor, "batch d_model"]) -> d
     return {"loss": loss, "mse": mse, "fvu": mse / max(variance, 1e-30), "l0": l0}
 
 
-def epochs(dataset: Any) -> Iterator[Tensor]:
-    """The batches of a data set over and over, each epoch in its own order."""
-    for epoch in count():
-        dataset.set_epoch(epoch)
-        empty = True
-        for batch in dataset:
-            empty = False
-            yield batch
-        if empty:
-            raise StreamError("the store has fewer rows than one batch; lower --batch-size or capture more rows")
-
-
 def train_from_store(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     """Train on `config.site` of `config.store` and write the SAE, its config and its metrics to `config.out`.
 
@@ -182,7 +169,7 @@ def train_from_store(config: TrainConfig, progress: Progress | None = None) -> T
             lines.write(json.dumps(asdict(m)) + "\n")
             bar.note(f"fvu {m.fvu:.3f}  l0 {m.l0:.1f}  dead {m.dead:.0%}  wait {m.wait:.0%}")
 
-        batches, every, on_step = epochs(data), config.log_every, bar.advance
+        batches, every, on_step = endless(data), config.log_every, bar.advance
         final = train(sae, batches, steps=config.steps, scale=scale, log_every=every, on_log=log, on_step=on_step)
     seconds = time.perf_counter() - began
     about = {"seed": config.seed, "steps": config.steps, "rows": final.rows, "final": asdict(final)}
