@@ -237,7 +237,7 @@ def latency(folder: Path) -> dict[str, float]:
 
 
 SOAK = """
-import resource, sys, psutil, actstore
+import resource, sys, psutil, actstore, actstore.stream
 url, budget, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 me = psutil.Process()
 imported = me.memory_info().rss

@@ -349,3 +349,37 @@ def test_explain_says_what_will_happen(known: Known) -> None:
 def test_bad_arguments_are_refused_at_construction(known: Known, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataset(known.url, **change)
+
+
+RANKS = """
+    import sys, torch.distributed as dist, actstore
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+    url, rank, file = sys.argv[1:]
+    ds = actstore.ActivationDataset(url, sites=["resid_post.3"], with_rows=True, batch_size=16, shuffle_chunks=16)
+    dist.init_process_group("gloo", init_method=file, rank=int(rank), world_size=2)
+    for batch in DataLoader(ds, batch_size=None):
+        print(*batch["sequence"].tolist())
+    try:
+        next(iter(Accelerator(cpu=True).prepare(DataLoader(ds, batch_size=None))))
+    except actstore.ActstoreError as e:
+        print(e, file=sys.stderr)
+    dist.destroy_process_group()
+"""
+
+
+def test_ranks_come_from_torch_distributed_once_it_is_there(known: Known, tmp_path: Path) -> None:
+    """The data set is made before the process group, as Lightning does; Accelerate would lose rows and is refused."""
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RANKS), known.url]
+    pipe = subprocess.PIPE
+    ranks = [
+        subprocess.Popen([*command, str(r), f"file://{tmp_path}/group"], stdout=pipe, stderr=pipe, text=True)
+        for r in range(2)
+    ]
+    said = [p.communicate(timeout=100) for p in ranks]
+    got = [[[int(i) for i in line.split()] for line in out.splitlines()] for out, _ in said]
+    assert [len(g) for g in got] == [62, 62]
+    alone = [b["sequence"].tolist() for b in dataset(known.url)]
+    for step, both in enumerate(zip(*got, strict=True)):
+        assert sorted(both[0] + both[1]) == sorted(alone[step])
+    assert "gives each of 2 ranks its own" in said[0][1]

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from actstore.errors import StreamError, mismatch
 from actstore.store.reader import Store, open_store
 from actstore.store.spec import PROVENANCE_ARRAYS
-from actstore.stream import explain, plan
+from actstore.stream import explain, plan, ranks
 from actstore.stream.device import DeviceMemory, hand_over
 from actstore.stream.filter import RowFilter, Split, count_rows, max_norms
 from actstore.stream.filtered import filtered_orders
@@ -102,7 +102,7 @@ class ActivationDataset(IterableDataset[Any]):
             split: "train" reads the others, "held_out" reads them.
             streams: canonical streams S; world sizes that divide S see the same global order.
             shuffle_chunks: chunks mixed at any time, over all streams.
-            rank, world_size: default from torch.distributed, else 0 of 1.
+            rank, world_size: default from torch.distributed as it is when a loop begins, else 0 of 1.
             threads: threads that decode and gather; default one a core.
             max_inflight: requests under way at a time; default 16 for object stores, and for a directory none but
                 those of the decoding threads themselves.
@@ -125,7 +125,7 @@ class ActivationDataset(IterableDataset[Any]):
         self.store = url if isinstance(url, Store) else open_store(url)
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         self._single = isinstance(sites, str) and not with_rows
-        self._rank, self._world = plan.distributed(rank, world_size)
+        self._given_rank = (rank, world_size)
         where = RowFilter(
             drop_positions=tuple(sorted({int(i) for i in drop_positions})),
             drop_tokens=tuple(sorted({int(i) for i in drop_tokens})),
@@ -144,7 +144,7 @@ class ActivationDataset(IterableDataset[Any]):
             drop_last=drop_last,
             where=where,
         )
-        plan.check(self._plan, self.store, self._world)
+        plan.check(self._plan, self.store, self._place()[1])
         self._names = self.sites + (PROVENANCE_ARRAYS if with_rows else ())
         self._dtype = _dtype(dtype)
         if normalize not in (None, "unit_mean_square"):
@@ -170,6 +170,10 @@ class ActivationDataset(IterableDataset[Any]):
         plan.check_rows(self._plan, self.rows)
         self._factors = {site: self._factor(site) for site in self.sites}
         self._fit()
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and world size: as given, else those of torch.distributed by now."""
+        return ranks.distributed(*self._given_rank)
 
     @cached_property
     def _geometry(self) -> plan.Geometry:
@@ -217,14 +221,14 @@ class ActivationDataset(IterableDataset[Any]):
         return found
 
     def _needs(self) -> plan.Needs:
-        p, g = self._plan, self._geometry
+        p, g, world = self._plan, self._geometry, self._place()[1]
         columns = self.columns.values()
         row = sum(int(np.prod(c.shape)) * torch.empty(0, dtype=c.dtype).element_size() for c in columns if c.deliver)
-        mine = p.streams // self._world
+        mine = p.streams // world
         chunks = g.buckets * g.chunks_per_bucket // p.streams + len(g.short) + 1
         return plan.Needs(
             chunk=sum(c.index.array.chunk_bytes for c in columns),
-            batch=row * (p.batch_size // self._world),
+            batch=row * (p.batch_size // world),
             streams=mine,
             mixed=mine * min(p.mix, chunks),
             wrapped=mine * max(min(2 * p.mix - 1, chunks) - min(p.mix, chunks), 0),
@@ -245,8 +249,8 @@ class ActivationDataset(IterableDataset[Any]):
         return plan.steps(self._plan, self.rows)
 
     def _orders(self, epoch: int) -> Mapping[int, StreamOrder]:
-        p = self._plan
-        mine = tuple(range(self._rank, p.streams, self._world))
+        p, (rank, world) = self._plan, self._place()
+        mine = tuple(range(rank, p.streams, world))
         keys: dict[str, Any] = {
             "seed": p.seed,
             "epoch": epoch,
@@ -285,6 +289,8 @@ class ActivationDataset(IterableDataset[Any]):
             raise StreamError(
                 f"num_workers is {worker.num_workers}; the loader has threads of its own, use num_workers=0"
             )
+        ranks.refuse_accelerate(self._place()[1])
+        plan.check(self._plan, self.store, self._place()[1])
         if os.getpid() != self._pid:
             # Threads and most object-store clients do not survive a fork; start afresh in the child.
             self._pipeline, self.meter, self._recycler, self._pid = None, Meter(), Recycler(), os.getpid()
@@ -299,10 +305,11 @@ class ActivationDataset(IterableDataset[Any]):
     def _start(self) -> Pipeline | IsolatedPipeline:
         position = {"epoch": self._epoch, "step": self._step}
         if self._isolate:
+            rank, world = self._place()
             return IsolatedPipeline(
-                self._settings() | {"position": position},
+                self._settings() | {"position": position, "rank": rank, "world_size": world},
                 self.columns,
-                rows=self._plan.batch_size // self._world,
+                rows=self._plan.batch_size // self._place()[1],
                 prefetch=self._prefetch,
                 meter=self.meter,
                 recycler=self._recycler,
@@ -449,7 +456,7 @@ class ActivationDataset(IterableDataset[Any]):
             self._fit(),
             steps=len(self),
             rows=self.rows,
-            world=self._world,
+            world=self._place()[1],
             threads=(self._workers, self._fetchers),
             probe=probe,
             prices=(price_gets, price_gb),
@@ -495,8 +502,8 @@ class ActivationDataset(IterableDataset[Any]):
             "split": w.split,
             "streams": p.streams,
             "shuffle_chunks": p.shuffle_chunks,
-            "rank": self._rank,
-            "world_size": self._world,
+            "rank": self._given_rank[0],
+            "world_size": self._given_rank[1],
             "threads": self._workers,
             "max_inflight": self._fetchers or None,
             "memory_budget": self._budget,

@@ -2,7 +2,8 @@
 
 One pass over the output: a row is put together from its planes while it is copied, so shuffling costs no pass of its
 own. Codes of `fixed` become bf16 by a fused multiply-add in float32: the exact value rounded to float32, as the format
-has it (there in float64, whose own rounding differs once in 2^29 values, by the last of float32's bits). numba kernels without the GIL; on bf16 rows of 2304 0.74 of a plain copy on one core (`benchmarks/io.md`).
+has it (there in float64, whose own rounding differs once in 2^29 values, by the last of float32's bits). numba kernels
+without the GIL; on bf16 rows of 2304 0.74 of a plain copy on one core (`benchmarks/io.md`).
 """
 
 import math

@@ -5,8 +5,6 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from actstore.errors import StreamError
 from actstore.store.reader import Store
 from actstore.store.storage import LocalStorage
@@ -159,16 +157,3 @@ def pool_threads(store: Store, threads: int | None, max_inflight: int | None) ->
         raise ValueError(f"max_inflight is {max_inflight}, expected at least 1")
     local = isinstance(store.storage, LocalStorage)
     return threads or os.cpu_count() or 1, max_inflight or (0 if local else REMOTE_REQUESTS)
-
-
-def distributed(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Rank and world size: as given, else of torch.distributed, else 0 of 1."""
-    if (rank is None) != (world_size is None):
-        raise ValueError("give both rank and world_size, or neither")
-    if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1}")
-    return rank, world_size
