@@ -103,7 +103,7 @@ class ActivationDataset(IterableDataset[Any]):
             streams: canonical streams S; world sizes that divide S see the same global order.
             shuffle_chunks: chunks mixed at any time, over all streams.
             rank, world_size: default from torch.distributed as it is when a loop begins, else 0 of 1.
-            threads: threads that decode and gather; default one a core.
+            threads: threads that decode and gather; default one a core, less under torchrun with several ranks.
             max_inflight: requests under way at a time; default 16 for object stores, and for a directory none but
                 those of the decoding threads themselves.
             memory_budget: bytes for chunks, reads and batches in memory; default what the plan needs plus read-ahead.

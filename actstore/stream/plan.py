@@ -156,4 +156,9 @@ def pool_threads(store: Store, threads: int | None, max_inflight: int | None) ->
     if max_inflight is not None and max_inflight < 1:
         raise ValueError(f"max_inflight is {max_inflight}, expected at least 1")
     local = isinstance(store.storage, LocalStorage)
-    return threads or os.cpu_count() or 1, max_inflight or (0 if local else REMOTE_REQUESTS)
+    return threads or cores(), max_inflight or (0 if local else REMOTE_REQUESTS)
+
+
+def cores() -> int:
+    """Cores that this process may use, shared out among the ranks that torchrun started on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
