@@ -27,9 +27,10 @@ from actstore.stream.filter import RowFilter, Split, count_rows, max_norms
 from actstore.stream.filtered import filtered_orders
 from actstore.stream.host import HOST_TYPES, Column, HostMemory, Recycler
 from actstore.stream.isolate import IsolatedPipeline
+from actstore.stream.loading import Memory, Reading
 from actstore.stream.meter import STALL, Meter
 from actstore.stream.order import StreamOrder
-from actstore.stream.pipeline import Memory, Pipeline, Reading
+from actstore.stream.pipeline import Pipeline
 from actstore.stream.plan import Plan
 
 log = logging.getLogger("actstore.stream")
