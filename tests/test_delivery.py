@@ -344,6 +344,10 @@ def test_explain_says_what_will_happen(known: Known) -> None:
         ({"prefetch": 0}, "prefetch is 0"),
         ({"dtype": torch.int8}, "dtype is torch.int8, expected one of bfloat16, float16, float32"),
         ({"epoch": -1}, "epoch is -1"),
+        ({"device": "meta"}, "device is 'meta', expected 'cuda'"),
+        pytest.param(
+            {"device": "cuda"}, "sees no CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
+        ),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(known: Known, change: dict[str, Any], message: str) -> None:

@@ -158,7 +158,7 @@ class ActivationDataset(IterableDataset[Any]):
         if prefetch < 1:
             raise ValueError(f"prefetch is {prefetch}, expected at least 1")
         self._prefetch, self._budget, self._replay = prefetch, memory_budget, replay
-        self._device = torch.device(device) if device is not None else None
+        self._device = _device(device)
         self._isolate = isolate
         if isolate and self.store.url.startswith("memory://"):
             raise ValueError("isolate needs a store that another process can open; memory:// is in this one")
@@ -530,6 +530,17 @@ class ActivationDataset(IterableDataset[Any]):
         self._step, self._resume = state["position"]
         if self.store.fingerprint != state["store"]:
             raise StreamError(f"the store at {self.store.url} changed while the dataset was sent to another process")
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    if device is None:
+        return None
+    found = torch.device(device)
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, expected 'cuda', 'cuda:N', 'cpu' or None")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+    return found
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
