@@ -264,7 +264,7 @@ class _Copy:
 
     def _shard(
         self, name: str, bucket: int, i: int, committed: record.ShardRecord
-    ) -> tuple[str, list[bytes], record.ShardRecord]:
+    ) -> tuple[str, list[bytes | memoryview], record.ShardRecord]:
         """Name and pieces of a checked shard in the destination's codec, with what the record says of it."""
         store, array = self.source, self.source.index.arrays[name].array
         key = array.shard_key(bucket * store.spec.bucket_rows // array.shard_rows + i)
@@ -328,7 +328,9 @@ def _bucket_bytes(store: Store, place: int) -> int:
     return total
 
 
-def _checked_chunks(data: bytes, committed: record.ShardRecord, array: ArraySpec, what: str) -> list[memoryview]:
+def _checked_chunks(
+    data: bytes | memoryview, committed: record.ShardRecord, array: ArraySpec, what: str
+) -> list[memoryview]:
     """The chunks of a shard, each with the crc32c it was committed with; its index is checked too."""
     view, chunks, offset = memoryview(data), list[memoryview](), 0
     for length, crc in zip(committed.chunks, committed.crc32c, strict=True):
@@ -342,7 +344,7 @@ def _checked_chunks(data: bytes, committed: record.ShardRecord, array: ArraySpec
             )
         chunks.append(chunk)
         offset += length
-    shard.check_footer(data[offset:], committed.chunks, array.chunks_per_shard, what)
+    shard.check_footer(bytes(view[offset:]), committed.chunks, array.chunks_per_shard, what)
     return chunks
 
 

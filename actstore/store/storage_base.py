@@ -48,7 +48,7 @@ class Storage(Protocol):
         """The whole object; `StoreError` if it is missing, or larger than `limit` bytes (no more are fetched)."""
         ...
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int) -> bytes | memoryview:
         """Exactly `length` bytes from `offset`; `StoreError` if the object is shorter."""
         ...
 

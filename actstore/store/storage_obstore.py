@@ -1,9 +1,9 @@
 """The fast engine: obstore (the Rust crate `object_store`) for S3 and Google Cloud Storage.
 
-It moves bytes outside Python's interpreter lock and event loop. Prices: `get` copies once from Rust to Python bytes;
-the library does not survive `fork`, neither an inherited client nor a new one in the child, so a process remembers
-whether it, or a parent before the fork, has used it. One PUT an object, never multipart: conditions need that, and
-multipart would bill 12 operations for 48 MiB. On S3 the signature covers the body's SHA-256, which the server checks.
+It moves bytes outside Python's interpreter lock and event loop, and lends them without a copy. The price: the library
+does not survive `fork`, neither an inherited client nor a new one in the child, so a process remembers whether it, or a
+parent before the fork, has used it. One PUT an object, never multipart: conditions need that, and multipart would bill
+12 operations for 48 MiB. On S3 the signature covers the body's SHA-256, which the server checks.
 
 Credentials, region and endpoint come from botocore where it is installed (profiles, SSO, roles), else from obstore's
 own reading of the `AWS_*` variables. GCS goes through the XML API, which no local server speaks: unproven here.
@@ -65,14 +65,14 @@ class ObstoreDriver:
         self._reads: Any = connect(silence())
         self._writes: Any = connect(longest())  # obstore counts the time a request takes to send as silence
 
-    def get(self, name: str, start: int, stop: int | None) -> bytes:
-        """See `Driver`."""
+    def get(self, name: str, start: int, stop: int | None) -> memoryview:
+        """See `Driver`; a view of Rust's memory."""
         try:
             found = self._ob.get(self._reads, name, options={} if stop is None else {"range": (start, stop)})
-            return found.bytes().to_bytes()
+            return memoryview(found.bytes())
         except self._ob.exceptions.BaseError as e:
             if _status(e) == 416:
-                return b""
+                return memoryview(b"")
             raise
 
     def put(self, name: str, data: Buffers, *, create: bool = False, version: str | None = None) -> None:

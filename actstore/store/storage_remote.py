@@ -64,7 +64,7 @@ class RefusedError(Exception):
 class Driver(Protocol):
     """Single requests to one kind of server, by full object name."""
 
-    def get(self, name: str, start: int, stop: int | None) -> bytes:
+    def get(self, name: str, start: int, stop: int | None) -> bytes | memoryview:
         """Bytes `start` to `stop` (None: all), fewer if the object ends before; `FileNotFoundError`."""
         ...
 
@@ -201,14 +201,14 @@ class RemoteStorage:
         """See `Storage`."""
         name, stop = self._name(key), None if limit is None else limit + 1
         try:
-            data = self._run(f"read {key}", lambda d: d.get(name, 0, stop))
+            data = bytes(self._run(f"read {key}", lambda d: d.get(name, 0, stop)))
         except FileNotFoundError as e:
             raise missing(self._where, key) from e
         if limit is not None and len(data) > limit:
             raise too_large(self._where, key, limit)
         return data
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int) -> bytes | memoryview:
         """See `Storage`."""
         if length == 0:
             return b""

@@ -181,5 +181,5 @@ def _shard(storage: Storage, key: str, array: ArraySpec, expected: record.ShardR
         data = storage.get_range(key, offset, length)
         codec.decode_into(data, array.codec, buffer, f"{key} chunk at byte {offset}", committed=crc)
         offset += length
-    footer = storage.get_range(key, offset, shard.index_bytes(array.chunks_per_shard))
+    footer = bytes(storage.get_range(key, offset, shard.index_bytes(array.chunks_per_shard)))
     shard.check_footer(footer, expected.chunks, array.chunks_per_shard, key)
