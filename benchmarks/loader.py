@@ -32,7 +32,7 @@ from actstore.store import SiteSpec, StoreSpec, codec, create_store
 from actstore.store.copy import copy
 from actstore.store.reader import Store, open_store
 from actstore.stream.gather import gather
-from actstore.stream.host import RAW
+from actstore.stream.columns import RAW
 from actstore.stream.order import Geometry, StreamOrder
 
 HERE = Path(__file__).parent

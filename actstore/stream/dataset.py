@@ -22,10 +22,11 @@ from actstore.errors import StreamError, mismatch
 from actstore.store.reader import Store, open_store
 from actstore.store.spec import PROVENANCE_ARRAYS
 from actstore.stream import explain, plan, ranks
+from actstore.stream.columns import Column, columns_of, parse_device, parse_dtype
 from actstore.stream.device import DeviceMemory, hand_over
 from actstore.stream.filter import RowFilter, Split, count_rows, max_norms
 from actstore.stream.filtered import filtered_orders
-from actstore.stream.host import HOST_TYPES, Column, HostMemory, Recycler
+from actstore.stream.host import HostMemory, Recycler
 from actstore.stream.isolate import IsolatedPipeline
 from actstore.stream.loading import Memory, Reading
 from actstore.stream.meter import STALL, Meter
@@ -37,7 +38,9 @@ log = logging.getLogger("actstore.stream")
 
 STATE_VERSION = 1
 WARN_AFTER_S = 10.0
-"""Seconds of a loop before its consumer is told that it waits."""
+"""Seconds of loops before their consumer is told that it waits."""
+WARN_AFTER_BATCHES = 20
+"""And batches: the first one always takes a while."""
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -147,7 +150,7 @@ class ActivationDataset(IterableDataset[Any]):
         )
         plan.check(self._plan, self.store, self._place()[1])
         self._names = self.sites + (PROVENANCE_ARRAYS if with_rows else ())
-        self._dtype = _dtype(dtype)
+        self._dtype = parse_dtype(dtype)
         if normalize not in (None, "unit_mean_square"):
             raise ValueError(f"normalize is {normalize!r}, expected 'unit_mean_square' or None")
         self._normalize = normalize
@@ -158,7 +161,7 @@ class ActivationDataset(IterableDataset[Any]):
         if prefetch < 1:
             raise ValueError(f"prefetch is {prefetch}, expected at least 1")
         self._prefetch, self._budget, self._replay = prefetch, memory_budget, replay
-        self._device = _device(device)
+        self._device = parse_device(device)
         self._isolate = isolate
         if isolate and self.store.url.startswith("memory://"):
             raise ValueError("isolate needs a store that another process can open; memory:// is in this one")
@@ -169,7 +172,6 @@ class ActivationDataset(IterableDataset[Any]):
         self._pid, self._warned = os.getpid(), False
         self._fingerprint_state = self._plan.to_json()
         plan.check_rows(self._plan, self.rows)
-        self._factors = {site: self._factor(site) for site in self.sites}
         self._fit()
 
     def _place(self) -> tuple[int, int]:
@@ -192,48 +194,25 @@ class ActivationDataset(IterableDataset[Any]):
         """Rows of an epoch over all ranks, before `drop_last`."""
         return self._geometry.rows if self._counts is None else int(self._counts.sum())
 
-    def _factor(self, site: str) -> float:
-        if self._normalize is None:
-            return 1.0
-        mean_sq_norm = self.store.stats(site).mean_sq_norm
-        if not (mean_sq_norm > 0 and np.isfinite(mean_sq_norm)):
-            raise StreamError(
-                f"the mean squared norm of {site} is {mean_sq_norm}, expected a positive number; look for NaN or "
-                "infinite activations with: actstore info"
-            )
-        return 1.0 / float(np.sqrt(mean_sq_norm))
-
     @cached_property
     def columns(self) -> dict[str, Column]:
         """The arrays that are loaded, and how each is delivered."""
-        found: dict[str, Column] = {}
-        for name in dict.fromkeys(self._names + self._plan.where.columns):
-            index = self.store.index.arrays[name]
-            stored = index.array.dtype.name
-            natural = {"float32": torch.float32, "int32": torch.int32}.get(stored, torch.bfloat16)
-            site = name in self.store.sites
-            found[name] = Column(
-                index=index,
-                calibration=self.store.calibration(name) if name in self.store.index.calibration else None,
-                deliver=name in self._names,
-                dtype=(self._dtype or natural) if site else natural,
-                factor=self._factors.get(name, 1.0) if site else 1.0,
-            )
-        return found
+        return columns_of(
+            self.store,
+            self._names,
+            self._plan.where.columns,
+            dtype=self._dtype,
+            normalize=self._normalize is not None,
+        )
 
     def _needs(self) -> plan.Needs:
-        p, g, world = self._plan, self._geometry, self._place()[1]
-        columns = self.columns.values()
-        row = sum(int(np.prod(c.shape)) * torch.empty(0, dtype=c.dtype).element_size() for c in columns if c.deliver)
-        mine = p.streams // world
-        chunks = g.buckets * g.chunks_per_bucket // p.streams + len(g.short) + 1
-        return plan.Needs(
+        columns, world = self.columns.values(), self._place()[1]
+        return plan.needs(
+            self._plan,
+            self._geometry,
+            world,
             chunk=sum(c.index.array.chunk_bytes for c in columns),
-            batch=row * (p.batch_size // world),
-            streams=mine,
-            mixed=mine * min(p.mix, chunks),
-            wrapped=mine * max(min(2 * p.mix - 1, chunks) - min(p.mix, chunks), 0),
-            chunks=mine * chunks,
+            row=sum(c.row_bytes for c in columns if c.deliver),
         )
 
     def _fit(self) -> plan.Fit:
@@ -360,7 +339,7 @@ class ActivationDataset(IterableDataset[Any]):
 
     def _watch(self) -> None:
         """Say once which stage the consumer waits for."""
-        if self._warned or self.meter.elapsed_s < WARN_AFTER_S:
+        if self._warned or self.meter.elapsed_s < WARN_AFTER_S or self.meter.batches < WARN_AFTER_BATCHES:
             return
         self._warned = True
         figures = self.meter.figures()
@@ -530,24 +509,3 @@ class ActivationDataset(IterableDataset[Any]):
         self._step, self._resume = state["position"]
         if self.store.fingerprint != state["store"]:
             raise StreamError(f"the store at {self.store.url} changed while the dataset was sent to another process")
-
-
-def _device(device: str | torch.device | None) -> torch.device | None:
-    if device is None:
-        return None
-    found = torch.device(device)
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}, expected 'cuda', 'cuda:N', 'cpu' or None")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
-    return found
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in HOST_TYPES:
-        names = ", ".join(str(t).removeprefix("torch.") for t in HOST_TYPES)
-        raise ValueError(f"dtype is {dtype!r}, expected one of {names}")
-    return found

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actstore.stream.host import Column
+from actstore.stream.columns import Column
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int16": torch.int16, "int32": torch.int32}

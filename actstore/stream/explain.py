@@ -9,7 +9,8 @@ import numpy as np
 
 from actstore.store import codec
 from actstore.store.reader import Store
-from actstore.stream.host import Column, HostMemory, Recycler
+from actstore.stream.columns import Column
+from actstore.stream.host import HostMemory, Recycler
 from actstore.stream.plan import Fit, Plan
 
 REMEDIES = {

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,52 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actstore.store.fixed import Calibration
-from actstore.store.manifest import ArrayIndex
+from actstore.stream.columns import Batch, Column
 from actstore.stream.gather import gather, gather_as
-
-Batch = dict[str, NDArray[Any]]
-RAW = {
-    "bfloat16": np.dtype(np.uint16),
-    "int16": np.dtype(np.uint16),
-    "float32": np.dtype(np.float32),
-    "int32": np.dtype(np.int32),
-}
-"""What is delivered for each stored type unless another is asked for: bf16 as its bits, codes of `fixed` as their
-values in bf16 bits."""
-HOST_TYPES = {torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.float16), torch.float32: np.dtype("f4")}
-"""How batches of a dtype lie in numpy's memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One array that is loaded."""
-
-    index: ArrayIndex
-    calibration: Calibration | None
-    deliver: bool
-    """False for a column that only the filter looks at."""
-    dtype: torch.dtype
-    """Of the batches."""
-    factor: float = 1.0
-    """What values are multiplied by."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one row."""
-        return self.index.array.shape[1:]
-
-    @property
-    def raw(self) -> bool:
-        """Whether rows are delivered as they are stored (`fixed`: as bf16)."""
-        stored = self.index.array.dtype.name
-        natural = {"float32": torch.float32, "int32": torch.int32}.get(stored, torch.bfloat16)
-        return self.factor == 1.0 and self.dtype == natural
-
-    @property
-    def host_type(self) -> np.dtype[Any]:
-        """Type of a batch in numpy's memory."""
-        return HOST_TYPES.get(self.dtype, np.dtype(np.int32))
 
 
 class Recycler:

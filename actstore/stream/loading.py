@@ -23,8 +23,8 @@ from actstore.store.manifest import Location
 from actstore.store.reader import Store
 from actstore.store.storage import LocalStorage
 from actstore.stream import filter as filters
+from actstore.stream.columns import Column
 from actstore.stream.hedge import Hedge
-from actstore.stream.host import Column
 from actstore.stream.meter import Meter
 from actstore.stream.order import StreamOrder
 from actstore.stream.tasks import Resident, SlotTask, first_use_order

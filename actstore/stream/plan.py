@@ -114,6 +114,21 @@ class Needs:
     """Chunks of an epoch on this rank."""
 
 
+def needs(plan: Plan, geometry: Geometry, world: int, *, chunk: int, row: int) -> Needs:
+    """Sizes of a rank's pipeline, for chunks of so many decoded bytes and delivered rows of so many."""
+    mine = plan.streams // world
+    each = geometry.buckets * geometry.chunks_per_bucket // plan.streams + len(geometry.short) + 1
+    mixed = min(plan.mix, each)
+    return Needs(
+        chunk=chunk,
+        batch=row * (plan.batch_size // world),
+        streams=mine,
+        mixed=mine * mixed,
+        wrapped=mine * (min(2 * plan.mix - 1, each) - mixed),
+        chunks=mine * each,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """How the memory is used."""
