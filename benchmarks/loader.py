@@ -31,8 +31,8 @@ from actstore.console import figure
 from actstore.store import SiteSpec, StoreSpec, codec, create_store
 from actstore.store.copy import copy
 from actstore.store.reader import Store, open_store
-from actstore.stream.gather import gather
 from actstore.stream.columns import RAW
+from actstore.stream.gather import gather
 from actstore.stream.order import Geometry, StreamOrder
 
 HERE = Path(__file__).parent
@@ -71,6 +71,7 @@ class Bare:
     """Stages of reading, each alone, on `THREADS` threads and on chunks spread over the store."""
 
     def __init__(self, store: Store, at_once: int) -> None:
+        """Fetch so many chunks at a time."""
         self.store, self.where = store, store.index.arrays[SITE]
         present = np.argwhere(self.where.chunks > 0)
         chosen = present[np.linspace(0, len(present) - 1, CHUNKS).astype(int)]
@@ -87,6 +88,8 @@ class Bare:
         return self.store.storage.get_range(at.key, at.offset, at.length)
 
     def decode(self) -> int:
+        """Decoded bytes."""
+
         def one(i: int) -> None:
             array = self.where.array
             codec.decode_into(self.stored[i], array.codec, self.decoded[i], "x", committed=self.places[i].crc32c)
@@ -95,6 +98,8 @@ class Bare:
         return 2 * self.decoded.nbytes
 
     def gather(self) -> int:
+        """Gathered bytes."""
+
         def one(i: int) -> None:
             part = slice(i % 8 * 512, (i % 8 + 1) * 512)
             array, out = self.where.array, self.out[i // 8 % 4, part]
@@ -216,7 +221,7 @@ def waits(ds: actstore.ActivationDataset) -> dict[str, float]:
     """Seconds to the first batch with warm connections, and to the next one after resuming anywhere."""
     epoch(ds)
     first, resumed = [], []
-    rng = random.Random(0)
+    rng = random.Random(0)  # noqa: S311  which steps are resumed
     for _ in range(5):
         ds.set_epoch(ds.epoch + 1)
         began = time.perf_counter()
