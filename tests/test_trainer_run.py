@@ -292,9 +292,9 @@ def test_streamed_fvu_survives_a_large_mean():
     rng = np.random.default_rng(0)
     x = (1e3 + rng.standard_normal((5000, 8))).astype(np.float32)
     xhat = x + 0.3 * rng.standard_normal(x.shape).astype(np.float32)
-    sums = _Sums(8, 1, torch.device("cpu"))
+    sums = _Sums(8, 1, 16, torch.device("cpu"))
     for part, guess in zip(np.split(x, 10), np.split(xhat, 10), strict=True):
-        sums.add(torch.from_numpy(part), torch.from_numpy(guess), torch.zeros(500, 1))
+        sums.add(torch.from_numpy(part), torch.from_numpy(guess), torch.zeros(500, 1), torch.arange(500) % 16)
     exact = x.astype(np.float64)
     brute = ((exact - xhat) ** 2).sum() / ((exact - exact.mean(0)) ** 2).sum()
     assert sums.fvu == pytest.approx(brute, rel=1e-8)
@@ -315,7 +315,7 @@ def test_config_makes_the_recipe(tmp_path):
     with pytest.raises(ValueError, match="steps is 0"):
         TrainConfig(**{**base, "steps": 0})
     with pytest.raises(ValueError, match="sequences"):
-        EvalConfig(sae=tmp_path, tokens="t", sequences=0)
+        EvalConfig(sae=tmp_path, tokens=("t",), sequences=0)
 
 
 def run_cli(monkeypatch, *arguments):
@@ -368,7 +368,7 @@ def test_training_from_a_store(tmp_path, monkeypatch, capsys):
         assert run_cli(monkeypatch, *arguments) == 0
     loaded = load_sae(tmp_path / "a")
     assert loaded.scale == pytest.approx(math.sqrt((x.astype(np.float64) ** 2).sum(1).mean()))
-    assert names(tmp_path / "a") == ["config.json", "metrics.jsonl", "sae.safetensors"]
+    assert names(tmp_path / "a") == ["checkpoints", "config.json", "metrics.jsonl", "sae.safetensors"]
     lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
     assert json.loads((tmp_path / "a.json").read_text())["final"] == lines[-1]

@@ -62,7 +62,7 @@ def assert_near(found: dict[str, torch.Tensor], expected: reference.Weights, tol
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tile", [1 << 20, 7 * W])
 def test_gradients_match_reference(variant, tile, monkeypatch):
-    monkeypatch.setattr("trainer.sae.TILE_ELEMENTS", tile)
+    monkeypatch.setattr("trainer.parts.TILE_ELEMENTS", tile)
     recipe, (x,) = VARIANTS[variant], batches(1)
     sae = random_sae(recipe)
     before = weights(sae)
@@ -150,8 +150,11 @@ def test_threshold_gradient_is_a_kernel_density_estimate(price, t):
 def test_constants_are_gemma_scopes():
     assert PRESETS["gemma_scope"] is GEMMA_SCOPE and PRESETS["short"] is SHORT
     assert dataclasses.asdict(GEMMA_SCOPE) == {
+        "architecture": "jumprelu",
+        "skip": False,
+        "unit_mean_square": True,
+        "compute": "float32",
         "bandwidth": 0.001,
-        "clip_norm": None,
         "lr": 7e-5,
         "lr_warmup_steps": 1_000,
         "lr_warmup_start": 0.1,
@@ -159,10 +162,27 @@ def test_constants_are_gemma_scopes():
         "beta1": 0.0,
         "beta2": 0.999,
         "adam_eps": 1e-8,
+        "lazy_adam": False,
+        "unit_decoder": True,
+        "decoder_init": "he_unit",
+        "init_l0": None,
+        "clip_norm": None,
         "batch_size": 4_096,
         "sparsity_coefficient": 6e-4,
         "sparsity_warmup_steps": 10_000,
+        "sparsity_warmup_fraction": 0.0,
+        "sparsity_loss": "l0",
         "target_l0": None,
+        "tanh_scale": 4.0,
+        "pre_act_coefficient": 0.0,
+        "estimate_inputs": False,
+        "frequency_penalty": 0.0,
+        "frequency_max": 0.1,
+        "prefixes": 1,
+        "k": 50,
+        "aux_k": 256,
+        "aux_coefficient": 1 / 32,
+        "threshold_rate": 0.01,
         "threshold_init": 0.001,
         "log_threshold": True,
         "pre_bias": True,
@@ -247,7 +267,7 @@ def test_direct_threshold_stays_nonnegative_and_moves():
 
 @pytest.mark.parametrize(
     "change",
-    [{"beta1": 0.9}, {"bandwidth": 0.0}, {"lr": float("nan")}, {"target_l0": -1.0}, {"lr_decay_fraction": 2.0}],
+    [{"beta1": 1.0}, {"bandwidth": 0.0}, {"lr": float("nan")}, {"target_l0": -1.0}, {"lr_decay_fraction": 2.0}],
 )
 def test_bad_constants_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):

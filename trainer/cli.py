@@ -1,9 +1,10 @@
-"""`trainer train | eval | export`: the command line, made from the config dataclasses.
+"""`trainer train | sweep | eval | export`: the command line, made from the config dataclasses.
 
 Exit codes as in `actstore`: 0, 1 (failed), 2 (bad arguments), 130 (interrupted).
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from tyro.extras import SubcommandApp
 
 from actstore import console
 from actstore.progress import Progress
-from trainer.config import EvalConfig, ExportConfig, TrainConfig
+from trainer.config import EvalConfig, ExportConfig, SweepConfig, TrainConfig
 
 Json = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also write the figures to this file, as JSON.")]
 
@@ -22,7 +23,7 @@ app = SubcommandApp()
 
 @app.command
 def train(config: OmitArgPrefixes[TrainConfig], *, json: Json = None) -> None:
-    """Train a JumpReLU SAE on one site of an activation store."""
+    """Train an SAE on one site of an activation store."""
     from trainer.train import train_from_store
 
     with Progress() as progress:
@@ -33,20 +34,33 @@ def train(config: OmitArgPrefixes[TrainConfig], *, json: Json = None) -> None:
     console.write_json(json, result)
 
 
+@app.command
+def sweep(config: OmitArgPrefixes[SweepConfig], *, json: Json = None) -> None:
+    """Train SAEs of every width, sparsity and seed on every site; one read of the store feeds all SAEs of a site."""
+    from trainer.sweep import sweep as run
+
+    with Progress() as progress:
+        trained = run(config, progress)
+    lines: list[tuple[object, ...]] = [(t.release, t.name, t.average_l0, t.fvu, t.dead) for t in trained]
+    console.print_table(f"sweep {config.out}", lines, header=("release", "SAE", "L0", "FVU", "dead"))
+    console.write_json(json, {"saes": [vars(t) for t in trained]})
+
+
 @app.command(name="eval")
 def evaluate(config: OmitArgPrefixes[EvalConfig], *, json: Json = None) -> None:
-    """Measure on held-out sequences what an SAE costs the model: spliced loss, FVU, L0, densities."""
+    """Measure on held-out sequences what an SAE costs a model: spliced loss, FVU, L0, densities, by position."""
     from trainer.evaluate import evaluate_saved
 
     with Progress() as progress:
-        result = evaluate_saved(config, progress)
-    console.print_table(f"SAE {config.sae}", {name: value for name, value in vars(result).items() if name != "density"})
-    console.write_json(json, result)
+        found = evaluate_saved(config, progress)
+    for one in found:
+        console.print_table(f"SAE {config.sae}", one.figures)
+    console.write_json(json, {"evaluations": [asdict(one) for one in found]})
 
 
 @app.command
 def export(config: OmitArgPrefixes[ExportConfig]) -> None:
-    """Write a trained SAE in a format that other tools load: Gemma Scope's npz or SAELens."""
+    """Write trained SAEs in a format that other tools load: Gemma Scope's, SAELens' or dictionary_learning's."""
     from trainer.export import export as run
 
     print(f"wrote {run(config)}")

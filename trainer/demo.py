@@ -173,8 +173,9 @@ def _train(out: Path, progress: Progress) -> None:
 def _evaluate(out: Path, progress: Progress) -> Any:
     from trainer.evaluate import evaluate_saved
 
-    config = EvalConfig(sae=out / "sae", tokens=str(out / "heldout"), model=builtin.NAME, batch_sequences=16)
-    return evaluate_saved(config, progress)
+    tokens = (str(out / "heldout"),)
+    config = EvalConfig(sae=out / "sae", tokens=tokens, model=(builtin.NAME,), batch_sequences=16)
+    return evaluate_saved(config, progress)[0]
 
 
 def _export(out: Path) -> Path:

@@ -10,33 +10,65 @@ padding; means are over tokens:
 - `fvu` = E||x - xhat||^2 / E||x - E x||^2, where E x is the mean over all evaluated tokens, not a batch's; sums are
   float64. (SAEBench's explained_variance is not 1 - FVU: it subtracts a scalar mean.)
 - `l0`: mean number of active latents; `density`: each latent's firing frequency; `dead`: share of latents that never
-  fired.
+  fired; `dense`: share that fired on more than a tenth of the tokens, which Gemma Scope 2 penalises.
+- `positions`: the same over positions 0, 1, 2-3, 4-7, ... of a sequence. FVU there compares with the mean over all
+  evaluated tokens; a loss belongs to the position of the token that is predicted.
+
+An SAE is evaluated on every model and every token table that are given: on another model of the same shape, that says
+how far it transfers.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
 from actstore.errors import ActstoreError, MismatchError
 from actstore.progress import Progress
+from actstore.tokens.table import TokenTable
+from trainer.card import EVALUATION
 from trainer.config import EvalConfig
-from trainer.files import SavedSAE, load_sae, model_of
+from trainer.files import CONFIG, WEIGHTS, SavedSAE, model_of, write_json
+from trainer.releases import load_any
 
 Replace = Callable[[Float[Tensor, "sequences length d_model"]], Float[Tensor, "sequences length d_model"]]
 """From a site's activations to what the model goes on with."""
 
 
+DENSE = 0.1
+"""A latent that fires on more than this share of tokens is dense."""
+
+EDGES = np.linspace(-7, 0, 57)
+"""Edges of the histogram of log10 firing frequency, eight bins a decade; rarer latents count in the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """The figures of tokens at positions `first` to `stop` - 1 of their sequences; None where nothing defines one."""
+
+    first: int
+    stop: int
+    tokens: int
+    fvu: float | None
+    l0: float
+    delta_loss: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The figures that the module docstring defines."""
+    """The figures that the module docstring defines, for one model and one set of sequences."""
 
+    model: str = ""
+    data: str = ""
+    """Where the sequences come from."""
     sequences: int
     tokens: int
     """Kept tokens: what FVU, L0 and densities are taken over."""
@@ -48,8 +80,17 @@ class Evaluation:
     fvu: float
     l0: float
     dead: float
+    dense: float
+    positions: tuple[Position, ...]
+    histogram: tuple[int, ...]
+    """Latents that fired, by log10 frequency between `EDGES`."""
     density: tuple[float, ...]
     """Firing frequency of each latent."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What fits a table: everything but the sequences of numbers."""
+        return {name: value for name, value in vars(self).items() if name not in ("positions", "histogram", "density")}
 
 
 @contextmanager
@@ -71,44 +112,89 @@ def splice(module: nn.Module, side: str, replace: Replace) -> Generator[None]:
 
 def cross_entropy(
     model: nn.Module, ids: Int[Tensor, "sequences length"], kept: Bool[Tensor, "sequences length"]
-) -> tuple[float, int]:
-    """Summed next-token loss over the kept targets, and their number; one sequence's logits at a time in float32."""
+) -> Float64[Tensor, " length"]:
+    """Next-token loss summed over sequences, by the position of the token that is predicted; 0 where it isn't kept.
+
+    One sequence's logits at a time become float32.
+    """
     logits = model(input_ids=ids, use_cache=False).logits
     targets = ids.masked_fill(~kept, -100)
-    total = 0.0
+    total = torch.zeros(ids.shape[1], dtype=torch.float64, device=ids.device)
     for row, target in zip(logits, targets, strict=True):
-        total += float(nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum"))
-    return total, int(kept[:, 1:].sum())
+        total[1:] += nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="none")
+    return total
+
+
+def _bins(positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """Which bin positions belong to: 0 for 0, and i for 2^(i-1) to 2^i - 1."""
+    return torch.frexp(positions.float()).exponent.long()
 
 
 class _Sums:
-    """Streaming sums over kept tokens, in float64."""
+    """Streaming sums over kept tokens by bin of position, in float64."""
 
-    def __init__(self, d_model: int, d_sae: int, device: torch.device) -> None:
-        self.tokens, self.targets = 0, 0
-        self.errors, self.squares = 0.0, 0.0
-        self.loss = {"clean": 0.0, "sae": 0.0, "zero": 0.0}
-        self.x = torch.zeros(d_model, dtype=torch.float64, device=device)
-        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+    def __init__(self, d_model: int, d_sae: int, length: int, device: torch.device) -> None:
+        bins = int(_bins(torch.tensor(length - 1))) + 1
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.length = length
+        self.tokens, self.targets, self.active, self.errors, self.squares = (zeros(bins) for _ in range(5))
+        self.loss = {name: zeros(bins) for name in ("clean", "sae", "zero")}
+        self.x = zeros(bins, d_model)
+        self.fired = zeros(d_sae)
 
     def add(
         self,
         x: Float[Tensor, "tokens d_model"],
         xhat: Float[Tensor, "tokens d_model"],
         f: Float[Tensor, "tokens d_sae"],
+        positions: Int[Tensor, " tokens"],
     ) -> None:
         """Count one batch of tokens."""
-        self.tokens += len(x)
-        self.fired += (f > 0).sum(0)
-        exact = x.double()
-        self.x += exact.sum(0)
-        self.squares += float(exact.square().sum())
-        self.errors += float((exact - xhat.double()).square().sum())
+        active, exact, where = f > 0, x.double(), _bins(positions)
+        self.fired += active.sum(0)
+        self.tokens.index_add_(0, where, torch.ones_like(exact[:, 0]))
+        self.active.index_add_(0, where, active.sum(1, dtype=torch.float64))
+        self.x.index_add_(0, where, exact)
+        self.squares.index_add_(0, where, exact.square().sum(1))
+        self.errors.index_add_(0, where, (exact - xhat.double()).square().sum(1))
+
+    def add_loss(self, name: str, losses: Float64[Tensor, " length"]) -> None:
+        """Count the losses of one batch of sequences."""
+        self.loss[name].index_add_(0, _bins(torch.arange(self.length, device=losses.device)), losses)
+
+    def add_targets(self, kept: Bool[Tensor, "sequences length"]) -> None:
+        """Count the tokens that are predicted."""
+        where = _bins(torch.arange(1, self.length, device=kept.device))
+        self.targets.index_add_(0, where, kept[:, 1:].sum(0, dtype=torch.float64))
 
     @property
     def fvu(self) -> float:
         """E||x - xhat||^2 / E||x - E x||^2."""
-        return self.errors / (self.squares - float(self.x.square().sum()) / self.tokens)
+        variance = self.squares.sum() - self.x.sum(0).square().sum() / self.tokens.sum()
+        return float(self.errors.sum() / variance)
+
+    def positions(self) -> tuple[Position, ...]:
+        """The figures of every bin that holds tokens."""
+        mean = self.x.sum(0) / self.tokens.sum()
+        variance = self.squares - 2 * self.x @ mean + self.tokens * mean.square().sum()
+        delta = (self.loss["sae"] - self.loss["clean"]) / self.targets
+        fvu, l0 = self.errors / variance, self.active / self.tokens
+        return tuple(
+            Position(
+                first=(1 << i) >> 1,
+                stop=min(1 << i, self.length),
+                tokens=int(self.tokens[i]),
+                fvu=_finite(fvu[i]),
+                l0=float(l0[i]),
+                delta_loss=_finite(delta[i]),
+            )
+            for i in range(len(fvu))
+            if self.tokens[i] > 0
+        )
+
+
+def _finite(value: Float64[Tensor, ""]) -> float | None:
+    return float(value) if bool(value.isfinite()) else None
 
 
 @torch.inference_mode()
@@ -120,58 +206,93 @@ def evaluate(
     ids: Int[ndarray, "sequences length"],
     special_ids: Sequence[int],
     *,
+    target: tuple[nn.Module, str] | None = None,
     batch_sequences: int = 8,
     on_batch: Callable[[int], object] = lambda _: None,
 ) -> Evaluation:
     """Evaluate `saved` at one side ('input' or 'output') of `module`, a part of `model`, on token sequences.
 
-    `special_ids` are BOS, EOS and padding. `on_batch` is told the sequences done.
+    A transcoder reads there and reconstructs, and is spliced in, at `target`. `special_ids` are BOS, EOS and padding.
+    `on_batch` is told the sequences done.
     """
     sae, device = saved.sae, saved.sae.W_enc.device
-    d_model, d_sae = sae.W_enc.shape
-    sums = _Sums(d_model, d_sae, device)
+    sums = _Sums(sae.W_dec.shape[1], sae.W_enc.shape[1], ids.shape[1], device)
     specials = torch.tensor(sorted(set(special_ids)), device=device)
+    read, written = (module, side), target or (module, side)
     for start in range(0, len(ids), batch_sequences):
         tokens = torch.from_numpy(np.ascontiguousarray(ids[start : start + batch_sequences], np.int64)).to(device)
         kept = ~torch.isin(tokens, specials)
-        seen: list[Tensor] = []
-
-        def watch(x: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(x)
-            return x
-
-        with splice(module, side, watch):
-            loss, targets = cross_entropy(model, tokens, kept)
-        (clean,) = seen
-        if clean.shape[-1] != d_model:
-            raise ActstoreError(
-                f"the site is {clean.shape[-1]} wide, the SAE reads {d_model}. Check --site and --model."
-            )
-        sums.loss["clean"] += loss
-        sums.targets += targets
-        x = clean[kept].float()
-        f = sae.encode(x / saved.scale)
-        xhat = sae.decode(f) * saved.scale
-        sums.add(x, xhat, f)
+        seen: dict[str, Tensor] = {}
+        with _watch(*read, seen, "read"), _watch(*written, seen, "written"):
+            sums.add_loss("clean", cross_entropy(model, tokens, kept))
+        _check_width(seen["read"], sae.W_enc.shape[0], "reads")
+        _check_width(seen["written"], sae.W_dec.shape[1], "writes")
+        sums.add_targets(kept)
+        clean = seen["written"]
+        x, y, positions = seen["read"][kept].float(), clean[kept].float(), kept.nonzero()[:, 1]
+        xhat = _reconstructed(saved, x, y, positions, sums)
         for name, value in (("sae", xhat), ("zero", torch.zeros_like(xhat))):
             spliced = clean.clone()
             spliced[kept] = value.to(clean.dtype)
-            with splice(module, side, lambda _, spliced=spliced: spliced):
-                sums.loss[name] += cross_entropy(model, tokens, kept)[0]
+            with splice(*written, lambda _, spliced=spliced: spliced):
+                sums.add_loss(name, cross_entropy(model, tokens, kept))
         on_batch(len(tokens))
     return _evaluation(len(ids), sums)
 
 
+def _watch(module: nn.Module, side: str, seen: dict[str, Tensor], name: str) -> AbstractContextManager[None]:
+    """While open, the activations at this side of `module` are kept in `seen`."""
+
+    def keep(x: Tensor) -> Tensor:
+        seen[name] = x
+        return x
+
+    return splice(module, side, keep)
+
+
+def _check_width(activations: Tensor, width: int, does: str) -> None:
+    if activations.shape[-1] != width:
+        raise ActstoreError(
+            f"the site is {activations.shape[-1]} wide, the SAE {does} {width}. Check --site and --model."
+        )
+
+
+def _reconstructed(
+    saved: SavedSAE,
+    x: Float[Tensor, "tokens d_model"],
+    y: Float[Tensor, "tokens d_out"],
+    positions: Int[Tensor, " tokens"],
+    sums: _Sums,
+) -> Float[Tensor, "tokens d_out"]:
+    """The reconstruction of `y`, which is `x` but for a transcoder, from `x`; counted in `sums`."""
+    scale = saved.config.get("target", {}).get("scale", saved.scale)
+    parts, rows = [torch.empty_like(y[:0])], rows_at_once(saved.sae.W_enc.shape[1])
+    for read, wanted, where in zip(x.split(rows), y.split(rows), positions.split(rows), strict=True):
+        f = saved.sae.encode(read / saved.scale)
+        parts.append(saved.sae.decode(f, read / saved.scale) * scale)
+        sums.add(wanted, parts[-1], f, where)
+    return torch.cat(parts)
+
+
+def rows_at_once(d_sae: int) -> int:
+    """Tokens whose features take half a GiB as float32."""
+    return max(1, (1 << 27) // d_sae)
+
+
 def _evaluation(sequences: int, sums: _Sums) -> Evaluation:
-    if not sums.targets:
+    targets = int(sums.targets.sum())
+    if not targets:
         raise ActstoreError("the token sequences hold no token to predict; give longer text to `actstore tokenize`")
-    clean, sae, zero = (total / sums.targets for total in sums.loss.values())
+    clean, sae, zero = (float(loss.sum()) / targets for loss in sums.loss.values())
     if zero == clean:
         raise ActstoreError("zero ablation does not change the loss: the site does not lead to the model's output")
-    density = sums.fired.double() / sums.tokens
+    tokens = int(sums.tokens.sum())
+    density = (sums.fired / tokens).cpu().numpy()
+    fired = density[density > 0]
+    counts, _ = np.histogram(np.log10(fired).clip(EDGES[0], EDGES[-1]), EDGES)
     return Evaluation(
         sequences=sequences,
-        tokens=sums.tokens,
+        tokens=tokens,
         ce_clean=clean,
         ce_sae=sae,
         ce_zero=zero,
@@ -179,7 +300,10 @@ def _evaluation(sequences: int, sums: _Sums) -> Evaluation:
         loss_recovered=1 - (sae - clean) / (zero - clean),
         fvu=sums.fvu,
         l0=float(density.sum()),
-        dead=float((sums.fired == 0).double().mean()),
+        dead=1 - len(fired) / len(density),
+        dense=float((density > DENSE).mean()),
+        positions=sums.positions(),
+        histogram=tuple(counts.tolist()),
         density=tuple(density.tolist()),
     )
 
@@ -196,23 +320,54 @@ def place_of(model: nn.Module, site: str) -> tuple[nn.Module, str]:
     return decoder_of(model).layers[place.layer].get_submodule(hook.module), hook.side
 
 
-def evaluate_saved(config: EvalConfig, progress: Progress | None = None) -> Evaluation:
-    """Evaluate the SAE in `config.sae` on the first sequences of a token table."""
-    from actstore.capture.model import load_model
+def evaluate_saved(config: EvalConfig, progress: Progress | None = None) -> tuple[Evaluation, ...]:
+    """Evaluate the SAE in `config.sae` on the first sequences of every token table, on every model.
+
+    Writes evaluation.json and evaluation.html to `config.out`, by default to the SAE's directory if it is one of ours.
+    """
     from actstore.tokens import open_tokens
 
-    saved = load_sae(config.sae, config.device)
-    name = config.model or model_of(saved)
-    table = open_tokens(config.tokens)
-    ids = table.ids(0, min(config.sequences, table.sequences))
+    saved = load_any(config.sae, site=config.site, device=config.device)
+    names = config.model or (model_of(saved),)
+    tables = {url: open_tokens(url) for url in config.tokens}
+    out = config.out or (config.sae if (config.sae / WEIGHTS).exists() and (config.sae / CONFIG).exists() else None)
+    display = progress or Progress()
+    done = [found for name in names for found in _on_model(name, saved, tables, config, display)]
+    if out is not None:
+        write_evaluations(out, str(config.sae), saved.site, done)
+    return tuple(done)
+
+
+def _on_model(
+    name: str, saved: SavedSAE, tables: Mapping[str, TokenTable], config: EvalConfig, display: Progress
+) -> Iterator[Evaluation]:
+    """The evaluation on every table, of one model; the model is gone afterwards."""
+    from actstore.capture.model import load_model
+
     model = load_model(name, config.dtype, config.device)
     vocabulary = model.get_input_embeddings().num_embeddings
-    if table.max_id >= vocabulary:
-        raise MismatchError(
-            f"{config.tokens} holds token {table.max_id}, {name} knows {vocabulary}. "
-            "Tokenize with the model's own tokenizer."
-        )
-    place = place_of(model, config.site or saved.site)
-    bar = (progress or Progress()).step("evaluate", total=len(ids), unit="sequences")
-    special, size = table.special_ids, config.batch_sequences
-    return evaluate(model, *place, saved, ids, special, batch_sequences=size, on_batch=bar.advance)
+    for url, table in tables.items():
+        if table.max_id >= vocabulary:
+            raise MismatchError(
+                f"{url} holds token {table.max_id}, {name} knows {vocabulary}. Tokenize with the model's own tokenizer."
+            )
+    place, written = place_of(model, saved.site), saved.config.get("target", {}).get("site")
+    target = None if written is None else place_of(model, written)
+    for url, table in tables.items():
+        ids = table.ids(0, min(config.sequences, table.sequences))
+        bar = display.step(f"evaluate {PurePath(name).name} {PurePath(url).name}", total=len(ids), unit="sequences")
+        how: dict[str, Any] = {"batch_sequences": config.batch_sequences, "on_batch": bar.advance}
+        found = evaluate(model, *place, saved, ids, table.special_ids, target=target, **how)
+        yield replace(found, model=name, data=url)
+
+
+def write_evaluations(out: Path, sae: str, site: str, evaluations: Sequence[Evaluation]) -> None:
+    """Write `out`/evaluation.json, every figure, and `out`/evaluation.html, which shows them."""
+    from trainer.report import evaluation_sections, write_report
+
+    about = {"sae": sae, "site": site, "evaluations": [asdict(e) for e in evaluations], "log10_edges": EDGES.tolist()}
+    write_json(out / EVALUATION, about)
+    figures = evaluations[0].figures
+    write_report(
+        out / "evaluation.html", title=f"SAE on {site}", figures=figures, sections=evaluation_sections(evaluations)
+    )

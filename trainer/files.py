@@ -1,4 +1,4 @@
-"""A trained SAE on disk: `sae.safetensors` (the five float32 tensors) and `config.json` (everything else).
+"""A trained SAE on disk: `sae.safetensors` (its tensors) and `config.json` (everything else).
 
 Nothing executable is stored or read. Files are written beside their place and renamed into it, so that a directory
 never holds half of one; `config.json` is written last and makes the SAE exist.
@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from actstore.errors import ActstoreError
 from trainer.recipe import Recipe
-from trainer.sae import JumpReLUSAE
+from trainer.sae import SAE, sae_of
+from trainer.sae import shapes as tensor_shapes
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "sae.safetensors", "config.json", "metrics.jsonl"
@@ -24,19 +25,19 @@ NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
 def shapes(d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the five arrays, here and in exports."""
+    """The shapes of the five arrays of an exported SAE."""
     return dict(zip(NAMES, ((d_model, d_sae), (d_sae, d_model), (d_sae,), (d_model,), (d_sae,)), strict=True))
 
 
 class SavedSAE(NamedTuple):
     """An SAE with what is needed to use it on raw activations."""
 
-    sae: JumpReLUSAE
+    sae: SAE
     scale: float
     """C: the SAE reads x / C, and C times its output reconstructs x."""
     site: str
     config: dict[str, Any]
-    """The whole config.json."""
+    """The whole config.json; a transcoder's has `target`, the site it reconstructs and the scale C of that."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -56,15 +57,16 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_sae(out: Path, sae: JumpReLUSAE, *, scale: float, site: str, about: dict[str, Any]) -> None:
+def save_sae(out: Path, sae: SAE, *, scale: float, site: str, about: dict[str, Any]) -> None:
     """Write the SAE to directory `out`; `about` holds further JSON-able facts for config.json."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.parameters.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (sae.parameters | sae.buffers).items()}
     d_model, d_sae = sae.W_enc.shape
     config = {
         "format_version": FORMAT_VERSION,
-        "architecture": "jumprelu",
+        "architecture": sae.recipe.architecture,
         "d_model": d_model,
         "d_sae": d_sae,
+        "d_out": sae.W_dec.shape[1],
         "site": site,
         "scale": scale,
         "recipe": dataclasses.asdict(sae.recipe),
@@ -80,7 +82,8 @@ def load_sae(directory: Path, device: str = "cpu") -> SavedSAE:
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(directory / WEIGHTS, device=device)
-        version, sizes = config["format_version"], (int(config["d_model"]), int(config["d_sae"]))
+        version, (d_model, d_sae) = config["format_version"], (int(config["d_model"]), int(config["d_sae"]))
+        d_out = int(config.get("d_out", d_model))
         recipe, scale, site = Recipe(**config["recipe"]), float(config["scale"]), str(config["site"])
     except FileNotFoundError as error:
         raise ActstoreError(
@@ -90,11 +93,11 @@ def load_sae(directory: Path, device: str = "cpu") -> SavedSAE:
         raise ActstoreError(f"the SAE in {directory} can't be read: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:
         raise ActstoreError(f"{directory / CONFIG} has format version {version}, this trainer reads {FORMAT_VERSION}.")
-    expected = shapes(*sizes)
+    expected = tensor_shapes(recipe, d_model, d_sae, d_out)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         raise ActstoreError(f"{directory / WEIGHTS} holds {found}, expected {expected}. Train or copy it again.")
-    return SavedSAE(JumpReLUSAE(**tensors, recipe=recipe), scale, site, config)
+    return SavedSAE(sae_of(recipe, tensors), scale, site, config)
 
 
 def model_of(saved: SavedSAE) -> str:

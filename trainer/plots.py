@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from actstore.progress import scaled
 
 INK, ACCENT, MUTED = "#222222", "#1f6f8b", "#bbbbbb"
+COLOURS = (ACCENT, "#c8553d", "#588157", "#8d5a97", "#d4a017", "#555555")
 mpl.rcParams.update({
     "svg.fonttype": "path", "svg.hashsalt": "actstore", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": INK, "axes.titlesize": 10, "figure.constrained_layout.use": True,
@@ -45,6 +46,36 @@ def densities(density: Sequence[float]) -> str:
     axes.hist(np.log10(fired), bins=60, color=ACCENT)
     title = f"{len(fired)} of {len(values)} latents fired; {len(values) - len(fired)} never"
     axes.set(xlabel="log10 of the share of tokens", ylabel="latents", title=title)
+    return _svg(figure)
+
+
+def histogram(density: Mapping[str, Sequence[float]]) -> str:
+    """Outlines of the histograms of log10 firing frequency, one per evaluation, on one pair of axes."""
+    figure = Figure(figsize=(9, 3))
+    axes = figure.add_subplot()
+    for i, (label, shares) in enumerate(density.items()):
+        fired = np.log10([share for share in shares if share > 0])
+        name = f"{label}: " * bool(label) + f"{len(shares) - len(fired)} of {len(shares)} never"
+        axes.hist(fired, bins=60, histtype="step", linewidth=1.2, color=COLOURS[i % len(COLOURS)], label=name)
+    axes.axvline(-1, color=MUTED, linewidth=0.8, zorder=0)
+    axes.set(xlabel="log10 of the share of tokens", ylabel="latents")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def positions(evaluations: Mapping[str, Sequence[Any]]) -> str:
+    """FVU, L0 and delta loss over positions in a sequence (`trainer.evaluate.Position`), one line per evaluation."""
+    figure = Figure(figsize=(9, 2.8))
+    for i, (key, label) in enumerate((("fvu", "FVU"), ("l0", "L0"), ("delta_loss", "delta loss (nats)"))):
+        axes = figure.add_subplot(1, 3, i + 1)
+        for j, (name, found) in enumerate(evaluations.items()):
+            points = [(p.first, getattr(p, key)) for p in found if getattr(p, key) is not None]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), "o-", markersize=3, linewidth=1.2,
+                      color=COLOURS[j % len(COLOURS)], label=name)  # fmt: skip
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set(title=label, xlabel="position")
+        if i == 0 and len(evaluations) > 1:
+            axes.legend(frameon=False, fontsize=7)
     return _svg(figure)
 
 

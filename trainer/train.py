@@ -1,50 +1,43 @@
-"""Train one SAE on a stream of activations.
+"""Train SAEs on one stream of activations.
 
-`train` needs nothing but an iterator of [batch, d_model] tensors; `train_from_store` feeds it from an activation
-store and writes the result. The loop never waits for the device between log steps: statistics stay there until then.
+`train_many` needs nothing but an iterator of batches, and feeds each to all SAEs: one read of the store, one transfer
+to the device. The SAEs share nothing else, so each becomes bit for bit what it would be alone. `train_site` feeds it
+from an activation store, with checkpoints, and writes the results; `train_from_store` is that for one SAE. The loop
+never waits for the device between log steps: statistics stay there until then.
 """
 
+import io
 import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+import actstore
 from actstore.errors import ActstoreError, StreamError
 from actstore.progress import Progress
+from actstore.store import Store
 from actstore.stream.adapters import endless
-from trainer.config import TrainConfig
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
+from trainer.config import RunConfig, SAESpec, TrainConfig
 from trainer.files import CONFIG, METRICS, save_sae
 from trainer.optim import second_moments, update
-from trainer.sae import JumpReLUSAE, StepStatistics, init_sae
+from trainer.recipe import Recipe
+from trainer.sae import SAE, StepStatistics, init_sae
+from trainer.watch import Meter, Metrics, note, open_metrics, watching
 
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """One line of metrics.jsonl: the state after `step` steps."""
-
-    step: int
-    rows: int
-    """Activations trained on so far."""
-    loss: float
-    mse: float
-    """Mean ||x - xhat||^2 of the batch, where E||x||^2 = 1."""
-    fvu: float
-    """mse over the batch's own variance (an evaluation uses the data set's)."""
-    l0: float
-    dead: float
-    """Share of latents that have not fired for `recipe.dead_after_tokens` tokens."""
-    sparsity: float
-    """The sparsity coefficient of this step."""
-    lr: float
-    rows_per_second: float
-    """Since the previous line."""
-    wait: float
-    """Share of that time spent waiting for the next batch."""
+Batch = Tensor | tuple[Tensor, Tensor]
+"""Activations [batch, d_model], for a transcoder with what it is to reconstruct [batch, d_out]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,123 +49,357 @@ class TrainResult:
     d_sae: int
     scale: float
     seconds: float
-    """Wall time of the training loop."""
+    """Wall time of the training loop, of all SAEs on the stream."""
     final: Metrics
 
 
+@dataclass
+class Run:
+    """One SAE in training: all that its next step depends on, on its device."""
+
+    name: str
+    sae: SAE
+    moments: dict[str, Tensor]
+    idle: Float[Tensor, " d_sae"]
+    """Tokens since each latent fired."""
+    first_bad: Int[Tensor, ""]
+    """The first step whose loss is not finite; the number of steps if there is none."""
+    window_l0: Float[Tensor, ""]
+    """Sum of the steps' L0 since the last line of metrics."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All tensors by name, not copied: what a checkpoint holds."""
+        groups = {"parameters": self.sae.parameters, "buffers": self.sae.buffers}
+        named = {
+            f"{k}/{name}": t for k, group in (groups | {"moments": self.moments}).items() for name, t in group.items()
+        }
+        return named | {"idle": self.idle, "first_bad": self.first_bad, "window_l0": self.window_l0}
+
+    def step(
+        self, x: Float[Tensor, "batch d_model"], y: Float[Tensor, "batch d_out"] | None, step: int, steps: int
+    ) -> StepStatistics:
+        """Do step `step` (from 0) of `steps` on normalised activations, without waiting for the device."""
+        recipe, dead = self.sae.recipe, self.idle >= self.sae.recipe.dead_after_tokens
+        gradients, statistics = self.sae.loss_and_gradients(x, recipe.sparsity(step, steps), dead, y)
+        rate = recipe.learning_rate(step, steps)
+        update(self.sae, gradients, self.moments, step=step, rate=rate, recipe=recipe)
+        self.idle.add_(len(x)).masked_fill_(statistics.fired > 0, 0)
+        bad = self.first_bad.clamp(max=step)
+        self.first_bad.copy_(torch.where(statistics.loss.isfinite(), self.first_bad, bad))
+        self.window_l0 += statistics.l0
+        return statistics
+
+
+def start(name: str, sae: SAE, steps: int) -> Run:
+    """The state of `sae` before the first of `steps` steps."""
+    device = sae.W_enc.device
+    return Run(
+        name=name,
+        sae=sae,
+        moments=second_moments(sae),
+        idle=torch.zeros(sae.W_enc.shape[1], device=device),
+        first_bad=torch.full((), steps, device=device),
+        window_l0=torch.zeros((), device=device),
+    )
+
+
+@dataclass
+class Position:
+    """How far a stream has been trained on."""
+
+    step: int = 0
+    """Steps done."""
+    rows: int = 0
+    checkpoint: Path | None = None
+    """The last one, if any was written."""
+
+
+def train_many(
+    runs: Sequence[Run],
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    scale: float,
+    target_scale: float = 1.0,
+    position: Position | None = None,
+    log_every: int = 100,
+    checkpoint_every: int = 0,
+    on_log: Callable[[list[Metrics]], object] = lambda _: None,
+    on_step: Callable[[int], object] = lambda _: None,
+    on_checkpoint: Callable[[Position], object] = lambda _: None,
+) -> None:
+    """Train all `runs`, on one device, in place up to step `steps` on raw activations divided by `scale`.
+
+    Batches for transcoders are pairs, and the second is divided by `target_scale`. `position` is where the runs
+    stand, and is kept up to date; `batches` begin there. `on_log` gets the metrics of each run, `on_step` the rows of
+    each step, `on_checkpoint` the position every `checkpoint_every` steps and at the end. Raises ActstoreError that
+    names step and SAE if a loss stops being finite, and StreamError if the batches end early.
+    """
+    at, device, source, meter = position or Position(), runs[0].sae.W_enc.device, iter(batches), Meter()
+    logged = at.step - at.step % log_every
+    while at.step < steps:
+        try:
+            batch = meter.wait(lambda: next(source))
+        except StopIteration:
+            text = f"the batches ended after {at.step} of {steps} steps; ask for fewer or feed more"
+            raise StreamError(text) from None
+        read, target = batch if isinstance(batch, tuple) else (batch, None)
+        x = read.to(device, torch.float32, non_blocking=True) / scale
+        y = x if target is None else target.to(device, torch.float32, non_blocking=True) / target_scale
+        statistics = [run.step(x, None if y is x else y, at.step, steps) for run in runs]
+        at.step, at.rows, meter.rows = at.step + 1, at.rows + len(x), meter.rows + len(x)
+        log = at.step % log_every == 0 or at.step == steps
+        keep = at.step == steps or bool(checkpoint_every and at.step % checkpoint_every == 0)
+        if log or keep:
+            _check_finite(runs, at, steps, parameters=keep)
+        if log:
+            window, logged = at.step - logged, at.step
+            on_log(_measure(runs, statistics, y, at, steps=steps, window=window, rates=meter.lap()))
+        on_step(len(x))
+        if keep:
+            on_checkpoint(at)
+
+
 def train(
-    sae: JumpReLUSAE,
-    batches: Iterable[Float[Tensor, "_batch d_model"]],
+    sae: SAE,
+    batches: Iterable[Batch],
     *,
     steps: int,
     scale: float,
     log_every: int = 100,
     on_log: Callable[[Metrics], object] = lambda _: None,
-    on_step: Callable[[int], object] = lambda _: None,
 ) -> Metrics:
-    """Train `sae` in place for `steps` steps on raw activations divided by `scale`; returns the last metrics.
-
-    `on_step` is told the rows of each step. Raises ActstoreError that names the step if the loss stops being finite,
-    and StreamError if the batches end early.
-    """
-    recipe, moments, device = sae.recipe, second_moments(sae), sae.W_enc.device
-    idle = torch.zeros(sae.W_enc.shape[1], device=device)
-    first_bad = torch.full((), steps, device=device)
-    metrics, rows, source = None, 0, iter(batches)
-    meter = _Meter()
-    for step in range(steps):
-        try:
-            batch = meter.wait(lambda: next(source))
-        except StopIteration:
-            raise StreamError(f"the batches ended after {step} of {steps} steps; ask for fewer or feed more") from None
-        x = batch.to(device, torch.float32, non_blocking=True) / scale
-        rate, sparsity = recipe.learning_rate(step, steps), recipe.sparsity(step)
-        gradients, statistics = sae.loss_and_gradients(x, sparsity, idle >= recipe.dead_after_tokens)
-        update(sae, gradients, moments, step=step, rate=rate, recipe=recipe)
-        idle = (idle + len(x)).masked_fill_(statistics.fired > 0, 0)
-        first_bad = torch.where(statistics.loss.isfinite(), first_bad, first_bad.clamp(max=step))
-        rows += len(x)
-        meter.rows += len(x)
-        on_step(len(x))
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            if int(first_bad) < steps:
-                raise ActstoreError(
-                    f"the loss is not finite from step {int(first_bad)} (of {steps}) on. "
-                    "Check the store for NaN or infinite activations, or lower the learning rate."
-                )
-            dead = float((idle >= recipe.dead_after_tokens).float().mean())
-            rates = meter.lap()
-            metrics = Metrics(
-                step=step + 1, rows=rows, dead=dead, lr=rate, sparsity=sparsity, **rates, **_scalars(statistics, x)
-            )
-            on_log(metrics)
-    if metrics is None:
+    """`train_many` for one SAE from its beginning; returns the last metrics."""
+    if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
-    return metrics
+    history: list[Metrics] = []
+
+    def log(metrics: list[Metrics]) -> None:
+        history[:] = metrics
+        on_log(metrics[0])
+
+    train_many([start("the SAE", sae, steps)], batches, steps=steps, scale=scale, log_every=log_every, on_log=log)
+    return history[0]
 
 
-class _Meter:
-    """Rows per second and the share of time spent waiting, since the last lap."""
-
-    def __init__(self) -> None:
-        self.rows, self._waited, self._began = 0, 0.0, time.perf_counter()
-
-    def wait(self, take: Callable[[], Tensor]) -> Tensor:
-        began = time.perf_counter()
-        batch = take()
-        self._waited += time.perf_counter() - began
-        return batch
-
-    def lap(self) -> dict[str, float]:
-        elapsed = max(time.perf_counter() - self._began, 1e-9)
-        rates = {"rows_per_second": self.rows / elapsed, "wait": self._waited / elapsed}
-        self.__init__()
-        return rates
+def _check_finite(runs: Sequence[Run], at: Position, steps: int, *, parameters: bool) -> None:
+    """Refuse losses that were not finite, and parameters that the last update left so."""
+    first = torch.stack([run.first_bad for run in runs]).tolist()
+    step = min(first)
+    names = [run.name for run, bad in zip(runs, first, strict=True) if bad == step < steps]
+    what = f"the loss of {', '.join(names)} is not finite from step {step} (of {steps}) on"
+    if not names and parameters:
+        names = [run.name for run in runs if not all(p.isfinite().all() for p in run.sae.parameters.values())]
+        what = f"the parameters of {', '.join(names)} are not finite after {at.step} of {steps} steps"
+    if names:
+        good = f"The last good checkpoint is {at.checkpoint}. " if at.checkpoint else ""
+        raise ActstoreError(
+            f"{what}. {good}Check the store for NaN or infinite activations, or lower the learning rate."
+        )
 
 
-def _scalars(statistics: StepStatistics, x: Float[Tensor, "batch d_model"]) -> dict[str, float]:
-    variance = float((x - x.mean(0)).square().sum() / len(x))
-    loss, mse, l0 = (float(value) for value in statistics[:3])
-    return {"loss": loss, "mse": mse, "fvu": mse / max(variance, 1e-30), "l0": l0}
+def _measure(
+    runs: Sequence[Run],
+    statistics: Sequence[StepStatistics],
+    y: Float[Tensor, "batch d_out"],
+    at: Position,
+    *,
+    steps: int,
+    window: int,
+    rates: dict[str, float],
+) -> list[Metrics]:
+    """The metrics after a step, with one wait for the device; begins a new window."""
+    variance = (y - y.mean(0)).square().sum() / len(y)
+    found: list[Tensor] = []
+    for run, s in zip(runs, statistics, strict=True):
+        dead = (run.idle >= run.sae.recipe.dead_after_tokens).float().mean()
+        found.append(torch.stack([s.loss, s.mse, s.l0, run.window_l0 / window, dead, variance]))
+        run.window_l0.zero_()
+    return [
+        Metrics(
+            step=at.step,
+            rows=at.rows,
+            loss=loss,
+            mse=mse,
+            fvu=mse / max(spread, 1e-30),
+            l0=l0,
+            mean_l0=mean_l0,
+            dead=dead,
+            sparsity=run.sae.recipe.sparsity(at.step - 1, steps),
+            lr=run.sae.recipe.learning_rate(at.step - 1, steps),
+            **rates,
+        )
+        for run, (loss, mse, l0, mean_l0, dead, spread) in zip(runs, torch.stack(found).tolist(), strict=True)
+    ]
+
+
+def normalisation(store: Store, site: str, recipe: Recipe) -> tuple[float, Float64[Tensor, " d_model"]]:
+    """C, by which the recipe has activations divided, and the mean of x / C over the store.
+
+    Raises ValueError if the store has no such site, ActstoreError if its statistics are missing or of no use.
+    """
+    stats = store.stats(site)
+    if not (stats.mean_sq_norm > 0 and math.isfinite(stats.mean_sq_norm)):
+        raise ActstoreError(
+            f"the mean squared norm of {site} is {stats.mean_sq_norm}, expected a positive number. "
+            "Look for NaN or infinite activations with `actstore info`."
+        )
+    scale = recipe.scale(stats.mean_sq_norm, len(stats.mean))
+    return scale, torch.from_numpy(stats.mean / scale)
+
+
+SAMPLE_ELEMENTS = 1 << 24
+"""Pre-activations at most, of the sample that a recipe's `init_l0` reads: what `torch.quantile` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """What SAEs are trained on: a site of a store, for transcoders with the site that they reconstruct."""
+
+    store: Store
+    site: str
+    target: str | None
+    batch_size: int
+    seed: int
+    """Of the order of the batches."""
+
+    def open(self) -> Any:
+        """Its `ActivationDataset`; ValueError for sites or a batch size that the store can't serve."""
+        sites = self.site if self.target is None else (self.site, self.target)
+        return actstore.ActivationDataset(self.store, sites=sites, batch_size=self.batch_size, seed=self.seed)
+
+    def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
+        """Batch after batch and epoch after epoch."""
+        for batch in endless(data):
+            yield batch if self.target is None else (batch[self.site], batch[self.target])
+
+
+def _start_all(stream: Stream, specs: Sequence[SAESpec], *, steps: int, device: str) -> tuple[list[Run], float, float]:
+    """The runs before their first step, and the scales of what they read and of what they reconstruct."""
+    recipe = specs[0].recipe
+    scale, mean = normalisation(stream.store, stream.site, recipe)
+    target_scale, target_mean = normalisation(stream.store, stream.target or stream.site, recipe)
+    sizes: dict[str, Any] = {"d_out": None if stream.target is None else len(target_mean), "sample": None}
+    runs: list[Run] = []
+    for spec in specs:
+        if spec.recipe.init_l0 is not None:
+            with stream.open() as data:
+                first = next(stream.batches(data))
+            rows = first[0] if isinstance(first, tuple) else first
+            sizes["sample"] = rows[: max(1, SAMPLE_ELEMENTS // spec.d_sae)].float() / scale
+        sae = init_sae(len(mean), spec.d_sae, spec.recipe, seed=spec.seed, mean=target_mean, device=device, **sizes)
+        runs.append(start(spec.name, sae, steps))
+    return runs, scale, target_scale
+
+
+def train_site(
+    config: RunConfig,
+    stream: Stream,
+    specs: Sequence[SAESpec],
+    *,
+    folders: Mapping[str, Path],
+    checkpoints: Path,
+    progress: Progress,
+) -> list[TrainResult]:
+    """Train the SAEs of `specs` on one stream, each into its folder (by name), from the newest of `checkpoints`.
+
+    Raises ValueError for what the store can't serve and MismatchError if the checkpoint is of another run.
+    """
+    began = time.perf_counter()
+    settings = _settings(config, stream, specs)
+    if not config.resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    found = checkpoint.latest(checkpoints, settings)
+    runs, scale, target_scale = _start_all(stream, specs, steps=config.steps, device=config.device)
+    at, spent = Position(), 0.0
+    with ExitStack() as stack:
+        data = stack.enter_context(stream.open())
+        if found:
+            at, spent = Position(found.step, found.rows, checkpoint.place(checkpoints, found.step)), found.seconds
+            for run in runs:
+                checkpoint.restore(checkpoint.place(checkpoints, found.step), run.name, run.state)
+            data.load_state_dict(found.loader)
+        files: dict[str, io.FileIO] = {}
+        for name, folder in folders.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).unlink(missing_ok=True)
+            files[name] = stack.enter_context(open_metrics(folder / METRICS, found.metrics[name] if found else 0))
+        watch = stack.enter_context(watching(config, stream.site, list(files), settings, at.step))
+        bar = progress.step(f"train {stream.site}", total=config.steps * stream.batch_size, unit="rows")
+        bar.skip(at.rows)
+        bar.restart()
+
+        def log(metrics: list[Metrics]) -> None:
+            for (name, file), m in zip(files.items(), metrics, strict=True):
+                file.write((json.dumps(asdict(m)) + "\n").encode())
+                watch(name, m)
+            bar.note(note(metrics))
+
+        def save(at: Position) -> None:
+            for file in files.values():
+                os.fsync(file)
+            index = Checkpoint(
+                step=at.step,
+                rows=at.rows,
+                seconds=spent + time.perf_counter() - began,
+                settings=settings,
+                loader=data.state_dict(),
+                metrics={name: file.tell() for name, file in files.items()},
+            )
+            at.checkpoint = checkpoint.save(checkpoints, index, {r.name: r.state for r in runs}, keep=config.keep)
+
+        train_many(
+            runs,
+            stream.batches(data),
+            steps=config.steps,
+            scale=scale,
+            target_scale=target_scale,
+            position=at,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            on_log=log,
+            on_step=bar.advance,
+            on_checkpoint=save,
+        )
+    seconds = spent + time.perf_counter() - began
+    results: list[TrainResult] = []
+    for spec, run in zip(specs, runs, strict=True):
+        folder = folders[spec.name]
+        final = json.loads((folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+        about = {"seed": spec.seed, "data_seed": stream.seed, "steps": at.step, "rows": at.rows, "final": final}
+        about |= {"store": stream.store.fingerprint, "provenance": stream.store.provenance}
+        if stream.target is not None:
+            about["target"] = {"site": stream.target, "scale": target_scale}
+        save_sae(folder, run.sae, scale=scale, site=stream.site, about=about)
+        figures: dict[str, Any] = {"out": str(folder), "site": stream.site, "d_sae": spec.d_sae, "scale": scale}
+        results.append(TrainResult(**figures, seconds=seconds, final=Metrics(**final)))
+    return results
 
 
 def train_from_store(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     """Train on `config.site` of `config.store` and write the SAE, its config and its metrics to `config.out`.
 
-    Raises ValueError for a site or batch size that the store can't serve.
+    Goes on from the checkpoint in `config.out`, if there is one. Raises as `train_site` does.
     """
-    import actstore
-
-    recipe, store = config.recipe, actstore.open(config.store)
-    store.check_site(config.site)
-    stats = store.stats(config.site)
-    scale = math.sqrt(stats.mean_sq_norm)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ActstoreError(
-            f"the mean squared norm of {config.site} is {stats.mean_sq_norm}, expected a positive number. "
-            "Look for NaN or infinite activations with `actstore info`."
-        )
-    mean = torch.from_numpy(stats.mean / scale)
-    d_sae = config.d_sae or config.expansion * len(mean)
-    sae = init_sae(len(mean), d_sae, recipe, seed=config.seed, mean=mean, device=config.device)
+    store, recipe = actstore.open(config.store), config.recipe
+    places: dict[str, Any] = {"store": store, "site": config.site, "target": config.target}
+    stream = Stream(**places, batch_size=recipe.batch_size, seed=config.data_seed)
+    d_sae = config.d_sae or config.expansion * len(store.stats(config.site).mean)
+    spec = SAESpec(name="sae", d_sae=d_sae, seed=config.seed, recipe=recipe)
+    folders, checkpoints = {"sae": config.out}, config.out / "checkpoints"
     display = progress or Progress()
-    bar = display.step(f"train {config.site}", total=config.steps * recipe.batch_size, unit="rows")
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / CONFIG).unlink(missing_ok=True)
-    began = time.perf_counter()
-    with (
-        (config.out / METRICS).open("w", encoding="utf-8", buffering=1) as lines,
-        actstore.ActivationDataset(store, sites=config.site, batch_size=recipe.batch_size, seed=config.seed) as data,
-    ):
+    return train_site(config, stream, [spec], folders=folders, checkpoints=checkpoints, progress=display)[0]
 
-        def log(m: Metrics) -> None:
-            lines.write(json.dumps(asdict(m)) + "\n")
-            bar.note(f"fvu {m.fvu:.3f}  l0 {m.l0:.1f}  dead {m.dead:.0%}  wait {m.wait:.0%}")
 
-        batches, every, on_step = endless(data), config.log_every, bar.advance
-        final = train(sae, batches, steps=config.steps, scale=scale, log_every=every, on_log=log, on_step=on_step)
-    seconds = time.perf_counter() - began
-    about = {"seed": config.seed, "steps": config.steps, "rows": final.rows, "final": asdict(final)}
-    about |= {"store": store.fingerprint, "provenance": store.provenance}
-    save_sae(config.out, sae, scale=scale, site=config.site, about=about)
-    return TrainResult(out=str(config.out), site=config.site, d_sae=d_sae, scale=scale, seconds=seconds, final=final)
+def _settings(config: RunConfig, stream: Stream, specs: Sequence[SAESpec]) -> dict[str, Any]:
+    """What fixes the result, as JSON values: fields that all SAEs share by name, others as `SAE.field`."""
+    found: dict[str, Any] = {"store": stream.store.fingerprint, "site": stream.site, "target": stream.target}
+    found |= {"data_seed": stream.seed, "steps": config.steps, "log_every": config.log_every}
+    fields = {spec.name: {"d_sae": spec.d_sae, "seed": spec.seed, **asdict(spec.recipe)} for spec in specs}
+    for name, first in fields[specs[0].name].items():
+        if all(other[name] == first for other in fields.values()):
+            found[name] = first
+        else:
+            found |= {f"{sae}.{name}": other[name] for sae, other in fields.items()}
+    return found | {"saes": [spec.name for spec in specs]}

@@ -165,6 +165,8 @@ class ActivationDataset(IterableDataset[Any]):
         self._isolate = isolate
         if isolate and self.store.url.startswith("memory://"):
             raise ValueError("isolate needs a store that another process can open; memory:// is in this one")
+        if isolate and not hasattr(os, "memfd_create"):
+            raise ValueError("isolate needs Linux, whose shared memory can do without a name")
         self._epoch, self._step, self._resume = epoch, 0, False
         self.set_epoch(epoch)
         self.meter, self._recycler = Meter(), Recycler()

@@ -176,4 +176,5 @@ def pool_threads(store: Store, threads: int | None, max_inflight: int | None) ->
 
 def cores() -> int:
     """Cores that this process may use, shared out among the ranks that torchrun started on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))

@@ -24,16 +24,19 @@ STEPS = 50
 ROWS = 32768
 SITES = {"resid_post.3": 128, "mlp_out.3": 64}
 ONE = ["--site", "resid_post.3"]
+EXPORTS = "tests/peers/exports.py"
 CASES: dict[str, list[tuple[str, str, list[str]]]] = {
     "saelens": [
         ("examples/train_saelens.py", "bf16", [*ONE, "--checkpoints", "CHECKPOINTS"]),
         ("examples/train_saelens.py", "bf16", [*ONE, "--resume", "CHECKPOINTS/HALF"]),
         ("examples/train_saelens_multi.py", "bf16", ["--sites", *SITES]),
         ("tests/peers/scaler.py", "bf16", ["--sites", *SITES]),
+        (EXPORTS, "f32", ["--as", "saelens"]),
     ],
     "dictionary_learning": [
         ("examples/train_dictionary_learning.py", "bf16", ONE),
         ("examples/train_dictionary_learning.py", "f32", [*ONE, "--out", "OUT"]),
+        (EXPORTS, "f32", ["--as", "dictionary_learning"]),
     ],
     "llamascopium": [("examples/train_llamascopium.py", "bf16", ONE)],
     "sparsify": [("examples/train_sparsify.py", "bf16", [*ONE, "--out", "OUT"])],
@@ -55,6 +58,9 @@ def main() -> int:
     for encoding in ("bf16", "f32"):
         write_store(work / encoding, encoding)
     passed = failed = 0
+    if any(script == EXPORTS for name in names for script, *_ in CASES[name]):
+        failed += run(Path(sys.executable), EXPORTS, work / "f32", ["--as", "make"], work) is None
+        passed += not failed
     for name in names:
         try:
             python = environment(name)
