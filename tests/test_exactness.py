@@ -134,7 +134,7 @@ def consume_and_kill(url: str, log: Path, isolate: bool, stops: list[int]) -> li
 
 @pytest.mark.parametrize("isolate", [False, True])
 def test_kill_and_resume(known_: Known, whole: list[int], tmp_path: Path, isolate: bool) -> None:
-    stops = [3, 70, 1] if isolate else [1, 20, 62, 5]
+    stops = [3, 62] if isolate else [1, 62, 5]
     got = consume_and_kill(known_.url, tmp_path / "log", isolate, stops)
     assert got[: len(whole)] == whole[: len(got)]
     assert len(got) >= 16 * sum(stops)
@@ -172,7 +172,7 @@ def plans(draw: st.DrawFn) -> tuple[Any, list[int], dict[str, Any]]:
 
 
 @given(plan=plans(), data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_plan_delivers_every_row_once_and_resumes(
     plan: Any, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

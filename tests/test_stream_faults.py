@@ -18,7 +18,7 @@ from actstore.errors import ActstoreError, IntegrityError
 from actstore.store.copy import copy
 
 SITE = "resid_post.3"
-ENGINES = ("gs", "s3-fsspec", "s3-obstore")
+ENGINES = ("gs", pytest.param("s3-fsspec", marks=pytest.mark.slow), "s3-obstore")
 
 
 @pytest.fixture(params=ENGINES)

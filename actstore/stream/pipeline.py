@@ -7,9 +7,11 @@ done. With room for K chunks a stream the pipeline can't deadlock, because loads
 All of it runs outside the GIL except the bookkeeping, which is done once a chunk and once a batch.
 """
 
+import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,6 +49,8 @@ class Pipeline:
         ]
         for thread in self._threads:
             thread.start()
+        # at the interpreter's end too: a thread that is still in native code then can abort the process
+        self._end = weakref.finalize(self, _end, self._stopping, self._loader, self._threads, os.getpid())
 
     def _guard(self, loop: Callable[[], None]) -> None:
         try:
@@ -173,10 +177,18 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        self._halt()
-        end = time.monotonic() + ABANDON_S
-        for thread in self._threads:
-            fetcher = thread.name.startswith("actstore-fetch")
-            thread.join(max(end - time.monotonic(), 0.0) if fetcher else None)
+        self._end()
         self._loader.close()
         del self._memory
+
+
+def _end(stopping: threading.Event, loader: Loader, threads: list[threading.Thread], pid: int) -> None:
+    """Stop threads and wait for them; not in a forked child, where they aren't."""
+    if os.getpid() != pid:
+        return
+    stopping.set()
+    loader.wake()
+    end = time.monotonic() + ABANDON_S
+    for thread in threads:
+        fetcher = thread.name.startswith("actstore-fetch")
+        thread.join(max(end - time.monotonic(), 0.0) if fetcher else None)
