@@ -125,7 +125,7 @@ def main() -> None:
         line = [f"{k} {v:.3f}" for k, v in known[name].items() if k != "all"]
         print(f"{name:20}", "  ".join(line))
     about = {"d_model": D, "d_sae": W, "batch": B, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    path.write_text(json.dumps({**about, "rounds": args.rounds, "steps": known}, indent=2) + "\n")
+    path.write_text(json.dumps({**about, "steps": known}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_the_process_reports_errors_of_its_pipeline(known: Known) -> None:
     assert not children()
 
 
-def run(code: str, *args: str, timeout: float = 60, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def run(code: str, *args: str, timeout: float = 120, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(code), *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
 

@@ -141,6 +141,10 @@ class SweepConfig(RunConfig):
 
     sites: tuple[str, ...]
     """The sites to train on, for example resid_post.12 resid_post.18."""
+    targets: tuple[str, ...] = ()
+    """Train transcoders: the site that is reconstructed from each of `sites`, in the same order."""
+    skip: bool = False
+    """Give the transcoders an affine skip connection."""
     widths: tuple[int, ...]
     """Numbers of latents."""
     sparsity_coefficients: tuple[float, ...] = ()
@@ -159,6 +163,10 @@ class SweepConfig(RunConfig):
                 raise ValueError(f"{name} names a value twice: {', '.join(map(str, values))}")
             if not values and name in ("sites", "widths", "seeds"):
                 raise ValueError(f"{name} is empty, give at least one")
+        if self.targets and len(self.targets) != len(self.sites):
+            raise ValueError(f"{len(self.targets)} targets for {len(self.sites)} sites, give one for each")
+        if self.skip and not self.targets:
+            raise ValueError("skip is for transcoders: give targets, the sites to reconstruct")
         if self.sparsity_coefficients and self.target_l0s:
             raise ValueError(
                 "sparsity_coefficients and target_l0s are both given; with a target the price only says "
@@ -185,12 +193,16 @@ class SweepConfig(RunConfig):
                 name=f"width_{width}{label}_seed_{seed}",
                 d_sae=width,
                 seed=seed,
-                recipe=self.recipe_with(**overrides),
+                recipe=self._recipe(**overrides),
             )
             for width in self.widths
             for label, overrides in sparsities or [("", {})]
             for seed in self.seeds
         )
+
+    def _recipe(self, **overrides: Any) -> Recipe:
+        recipe = self.recipe_with(**overrides)
+        return recipe.for_transcoder(skip=self.skip) if self.targets else recipe
 
 
 def _short(value: float) -> str:

@@ -12,7 +12,8 @@ padding; means are over tokens:
 - `l0`: mean number of active latents; `density`: each latent's firing frequency; `dead`: share of latents that never
   fired; `dense`: share that fired on more than a tenth of the tokens, which Gemma Scope 2 penalises.
 - `positions`: the same over positions 0, 1, 2-3, 4-7, ... of a sequence. FVU there compares with the mean over all
-  evaluated tokens; a loss belongs to the position of the token that is predicted.
+  evaluated tokens; a loss belongs to the position of the token that is predicted (so the delta loss of the token after
+  BOS is 0, for only BOS predicts it, and BOS is not replaced).
 
 An SAE is evaluated on every model and every token table that are given: on another model of the same shape, that says
 how far it transfers.
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from actstore.errors import ActstoreError, MismatchError
 from actstore.progress import Progress
 from actstore.tokens.table import TokenTable
-from trainer.card import EVALUATION
+from trainer.card import EVALUATION, config_digest
 from trainer.config import EvalConfig
 from trainer.files import CONFIG, WEIGHTS, SavedSAE, model_of, write_json
 from trainer.releases import load_any
@@ -150,10 +151,11 @@ class _Sums:
         positions: Int[Tensor, " tokens"],
     ) -> None:
         """Count one batch of tokens."""
-        active, exact, where = f > 0, x.double(), _bins(positions)
+        exact, where = x.double(), _bins(positions)
+        active = torch.gt(f, 0, out=torch.empty_like(f))  # as 0.0 and 1.0: booleans are several times slower to add
         self.fired += active.sum(0)
         self.tokens.index_add_(0, where, torch.ones_like(exact[:, 0]))
-        self.active.index_add_(0, where, active.sum(1, dtype=torch.float64))
+        self.active.index_add_(0, where, active.sum(1).double())
         self.x.index_add_(0, where, exact)
         self.squares.index_add_(0, where, exact.square().sum(1))
         self.errors.index_add_(0, where, (exact - xhat.double()).square().sum(1))
@@ -365,8 +367,8 @@ def write_evaluations(out: Path, sae: str, site: str, evaluations: Sequence[Eval
     """Write `out`/evaluation.json, every figure, and `out`/evaluation.html, which shows them."""
     from trainer.report import evaluation_sections, write_report
 
-    about = {"sae": sae, "site": site, "evaluations": [asdict(e) for e in evaluations], "log10_edges": EDGES.tolist()}
-    write_json(out / EVALUATION, about)
+    about = {"sae": sae, "config": config_digest(Path(sae)), "site": site, "log10_edges": EDGES.tolist()}
+    write_json(out / EVALUATION, {**about, "evaluations": [asdict(e) for e in evaluations]})
     figures = evaluations[0].figures
     write_report(
         out / "evaluation.html", title=f"SAE on {site}", figures=figures, sections=evaluation_sections(evaluations)

@@ -47,6 +47,9 @@ def init_sae(
     """
     if min(d_model, d_sae, d_out or 1) < 1:
         raise ValueError(f"an SAE needs d_model, d_sae and d_out >= 1, got {d_model}, {d_sae} and {d_out}")
+    active = recipe.k if recipe.architecture in {"topk", "batchtopk"} else recipe.target_l0
+    if active is not None and active > d_sae:
+        raise ValueError(f"the recipe wants {active} active latents, the SAE has {d_sae}")
     if d_out is None and recipe.skip:
         raise ValueError("the recipe has a skip connection, which only a transcoder can have: give d_out")
     if d_out is not None and recipe.pre_bias:

@@ -49,7 +49,7 @@ class TrainResult:
     d_sae: int
     scale: float
     seconds: float
-    """Wall time of the training loop, of all SAEs on the stream."""
+    """Wall time of the training loop, of all SAEs on the stream and from the first step on."""
     final: Metrics
 
 
@@ -70,10 +70,8 @@ class Run:
     @property
     def state(self) -> dict[str, Tensor]:
         """All tensors by name, not copied: what a checkpoint holds."""
-        groups = {"parameters": self.sae.parameters, "buffers": self.sae.buffers}
-        named = {
-            f"{k}/{name}": t for k, group in (groups | {"moments": self.moments}).items() for name, t in group.items()
-        }
+        groups = {"parameters": self.sae.parameters, "buffers": self.sae.buffers, "moments": self.moments}
+        named = {f"{group}/{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
         return named | {"idle": self.idle, "first_bad": self.first_bad, "window_l0": self.window_l0}
 
     def step(
@@ -85,8 +83,8 @@ class Run:
         rate = recipe.learning_rate(step, steps)
         update(self.sae, gradients, self.moments, step=step, rate=rate, recipe=recipe)
         self.idle.add_(len(x)).masked_fill_(statistics.fired > 0, 0)
-        bad = self.first_bad.clamp(max=step)
-        self.first_bad.copy_(torch.where(statistics.loss.isfinite(), self.first_bad, bad))
+        good = statistics.loss.isfinite()
+        self.first_bad.copy_(torch.where(good, self.first_bad, self.first_bad.clamp(max=step)))
         self.window_l0 += statistics.l0
         return statistics
 
@@ -106,10 +104,9 @@ def start(name: str, sae: SAE, steps: int) -> Run:
 
 @dataclass
 class Position:
-    """How far a stream has been trained on."""
+    """How far a stream has been trained on: steps and rows done."""
 
     step: int = 0
-    """Steps done."""
     rows: int = 0
     checkpoint: Path | None = None
     """The last one, if any was written."""
@@ -194,9 +191,8 @@ def _check_finite(runs: Sequence[Run], at: Position, steps: int, *, parameters: 
         what = f"the parameters of {', '.join(names)} are not finite after {at.step} of {steps} steps"
     if names:
         good = f"The last good checkpoint is {at.checkpoint}. " if at.checkpoint else ""
-        raise ActstoreError(
-            f"{what}. {good}Check the store for NaN or infinite activations, or lower the learning rate."
-        )
+        advice = "Check the store for NaN or infinite activations, or lower the learning rate."
+        raise ActstoreError(f"{what}. {good}{advice}")
 
 
 def _measure(
@@ -277,9 +273,8 @@ class Stream:
 
 def _start_all(stream: Stream, specs: Sequence[SAESpec], *, steps: int, device: str) -> tuple[list[Run], float, float]:
     """The runs before their first step, and the scales of what they read and of what they reconstruct."""
-    recipe = specs[0].recipe
-    scale, mean = normalisation(stream.store, stream.site, recipe)
-    target_scale, target_mean = normalisation(stream.store, stream.target or stream.site, recipe)
+    scale, mean = normalisation(stream.store, stream.site, specs[0].recipe)
+    target_scale, target_mean = normalisation(stream.store, stream.target or stream.site, specs[0].recipe)
     sizes: dict[str, Any] = {"d_out": None if stream.target is None else len(target_mean), "sample": None}
     runs: list[Run] = []
     for spec in specs:
@@ -306,20 +301,20 @@ def train_site(
 
     Raises ValueError for what the store can't serve and MismatchError if the checkpoint is of another run.
     """
-    began = time.perf_counter()
-    settings = _settings(config, stream, specs)
-    if not config.resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    found = checkpoint.latest(checkpoints, settings)
+    settings = settings_of(config, stream, specs)
+    found = checkpoint.latest(checkpoints, settings) if config.resume else None
     runs, scale, target_scale = _start_all(stream, specs, steps=config.steps, device=config.device)
     at, spent = Position(), 0.0
     with ExitStack() as stack:
         data = stack.enter_context(stream.open())
         if found:
-            at, spent = Position(found.step, found.rows, checkpoint.place(checkpoints, found.step)), found.seconds
+            place = checkpoint.place(checkpoints, found.step)
             for run in runs:
-                checkpoint.restore(checkpoint.place(checkpoints, found.step), run.name, run.state)
+                checkpoint.restore(place, run.name, run.state)
             data.load_state_dict(found.loader)
+            at, spent = Position(found.step, found.rows, place), found.seconds
+        else:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         files: dict[str, io.FileIO] = {}
         for name, folder in folders.items():
             folder.mkdir(parents=True, exist_ok=True)
@@ -329,6 +324,7 @@ def train_site(
         bar = progress.step(f"train {stream.site}", total=config.steps * stream.batch_size, unit="rows")
         bar.skip(at.rows)
         bar.restart()
+        began = time.perf_counter() - spent
 
         def log(metrics: list[Metrics]) -> None:
             for (name, file), m in zip(files.items(), metrics, strict=True):
@@ -342,7 +338,7 @@ def train_site(
             index = Checkpoint(
                 step=at.step,
                 rows=at.rows,
-                seconds=spent + time.perf_counter() - began,
+                seconds=time.perf_counter() - began,
                 settings=settings,
                 loader=data.state_dict(),
                 metrics={name: file.tell() for name, file in files.items()},
@@ -362,18 +358,19 @@ def train_site(
             on_step=bar.advance,
             on_checkpoint=save,
         )
-    seconds = spent + time.perf_counter() - began
+        seconds = time.perf_counter() - began
+    shared: dict[str, Any] = {"data_seed": stream.seed, "steps": at.step, "rows": at.rows}
+    shared |= {"store": stream.store.fingerprint, "provenance": stream.store.provenance}
+    if stream.target is not None:
+        shared["target"] = {"site": stream.target, "scale": target_scale}
+    figures: dict[str, Any] = {"site": stream.site, "scale": scale, "seconds": seconds}
     results: list[TrainResult] = []
     for spec, run in zip(specs, runs, strict=True):
-        folder = folders[spec.name]
-        final = json.loads((folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
-        about = {"seed": spec.seed, "data_seed": stream.seed, "steps": at.step, "rows": at.rows, "final": final}
-        about |= {"store": stream.store.fingerprint, "provenance": stream.store.provenance}
-        if stream.target is not None:
-            about["target"] = {"site": stream.target, "scale": target_scale}
-        save_sae(folder, run.sae, scale=scale, site=stream.site, about=about)
-        figures: dict[str, Any] = {"out": str(folder), "site": stream.site, "d_sae": spec.d_sae, "scale": scale}
-        results.append(TrainResult(**figures, seconds=seconds, final=Metrics(**final)))
+        out = folders[spec.name]
+        final = json.loads((out / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+        about = {"seed": spec.seed, "final": final, **shared}
+        save_sae(out, run.sae, scale=scale, site=stream.site, about=about)
+        results.append(TrainResult(out=str(out), d_sae=spec.d_sae, final=Metrics(**final), **figures))
     return results
 
 
@@ -382,17 +379,15 @@ def train_from_store(config: TrainConfig, progress: Progress | None = None) -> T
 
     Goes on from the checkpoint in `config.out`, if there is one. Raises as `train_site` does.
     """
-    store, recipe = actstore.open(config.store), config.recipe
-    places: dict[str, Any] = {"store": store, "site": config.site, "target": config.target}
-    stream = Stream(**places, batch_size=recipe.batch_size, seed=config.data_seed)
-    d_sae = config.d_sae or config.expansion * len(store.stats(config.site).mean)
+    store, recipe, site, target = actstore.open(config.store), config.recipe, config.site, config.target
+    stream = Stream(store=store, site=site, target=target, batch_size=recipe.batch_size, seed=config.data_seed)
+    d_sae = config.d_sae or config.expansion * len(store.stats(site).mean)
     spec = SAESpec(name="sae", d_sae=d_sae, seed=config.seed, recipe=recipe)
-    folders, checkpoints = {"sae": config.out}, config.out / "checkpoints"
-    display = progress or Progress()
-    return train_site(config, stream, [spec], folders=folders, checkpoints=checkpoints, progress=display)[0]
+    where: Any = {"folders": {"sae": config.out}, "checkpoints": config.out / "checkpoints"}
+    return train_site(config, stream, [spec], **where, progress=progress or Progress())[0]
 
 
-def _settings(config: RunConfig, stream: Stream, specs: Sequence[SAESpec]) -> dict[str, Any]:
+def settings_of(config: RunConfig, stream: Stream, specs: Sequence[SAESpec]) -> dict[str, Any]:
     """What fixes the result, as JSON values: fields that all SAEs share by name, others as `SAE.field`."""
     found: dict[str, Any] = {"store": stream.store.fingerprint, "site": stream.site, "target": stream.target}
     found |= {"data_seed": stream.seed, "steps": config.steps, "log_every": config.log_every}
