@@ -80,7 +80,7 @@ def run_demo(out: Path) -> Figures:
         with stages("read"):
             read_gb_s = _read(store, progress)
         with stages("train"):
-            _train(out, progress)
+            training_s = _train(out, progress)
         with stages("evaluate"):
             evaluation = _evaluate(out, progress)
         with stages("export"):
@@ -97,7 +97,7 @@ def run_demo(out: Path) -> Figures:
         dead_fraction=evaluation.dead,
         seconds=time.monotonic() - began,
     )
-    report = _report(out, figures, evaluation, stages.seconds, captured)
+    report = _report(out, figures, evaluation, stages.seconds, captured, training_s)
     figures = replace(figures, seconds=time.monotonic() - began)
     console.print_table("actstore demo", _shown(figures))
     print(f"exported SAE: {params}")
@@ -161,13 +161,14 @@ def _read(store: Store, progress: Progress) -> float:
         return moved / (time.monotonic() - began) / 1e9
 
 
-def _train(out: Path, progress: Progress) -> None:
+def _train(out: Path, progress: Progress) -> float:
+    """Seconds of training, those before an interruption included."""
     from trainer.train import train_from_store
 
     config = TrainConfig(
         store=str(out / "store"), site=SITE, out=out / "sae", steps=STEPS, preset="short", d_sae=D_SAE, log_every=20
     )
-    train_from_store(config, progress)
+    return train_from_store(config, progress).seconds
 
 
 def _evaluate(out: Path, progress: Progress) -> Any:
@@ -184,7 +185,9 @@ def _export(out: Path) -> Path:
     return export(ExportConfig(sae=out / "sae", out=out / "export"))
 
 
-def _report(out: Path, figures: Figures, evaluation: Any, seconds: dict[str, float], captured: Any) -> Path:
+def _report(
+    out: Path, figures: Figures, evaluation: Any, seconds: dict[str, float], captured: Any, training_s: float
+) -> Path:
     from trainer import plots
 
     lines = (out / "sae" / "metrics.jsonl").read_text().splitlines()
@@ -199,7 +202,7 @@ def _report(out: Path, figures: Figures, evaluation: Any, seconds: dict[str, flo
         Section(
             title="Throughput",
             text=f"Activations per second by stage. The trainer waited {_waited(metrics):.0%} of the time for batches.",
-            plot=plots.throughput(_rates(figures, seconds, captured, metrics)),
+            plot=plots.throughput(_rates(figures, training_s, captured, metrics)),
         ),
         Section(title="Where the time went", text="Seconds by stage.", plot=plots.times(seconds)),
     ]
@@ -213,9 +216,9 @@ def _waited(metrics: list[dict[str, Any]]) -> float:
     return sum(m["wait"] / m["rows_per_second"] for m in metrics) / sum(1 / m["rows_per_second"] for m in metrics)
 
 
-def _rates(f: Figures, seconds: dict[str, float], captured: Any, metrics: list[dict[str, Any]]) -> dict[str, float]:
+def _rates(f: Figures, training_s: float, captured: Any, metrics: list[dict[str, Any]]) -> dict[str, float]:
     row_bytes = f.bytes_stored * f.ratio / f.rows
-    rates = {"read, shuffled": f.read_gb_s * 1e9 / row_bytes, "train": metrics[-1]["rows"] / seconds["train"]}
+    rates = {"read, shuffled": f.read_gb_s * 1e9 / row_bytes, "train": metrics[-1]["rows"] / training_s}
     if captured.rows_captured:
         rates = {"capture": captured.tokens_per_s, **rates}
     return rates

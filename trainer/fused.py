@@ -1,0 +1,132 @@
+"""JumpReLU's pointwise work on a CPU with bfloat16 products, one pass each way.
+
+Between bfloat16 products, torch would read and write each pre-activation a dozen times, in float32. These two kernels
+read the products' bfloat16, compute in float32 and write bfloat16: 10 bytes per pre-activation and step. Each thread
+takes a band of latents, so that the sums over a batch do not depend on the number of threads.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actstore.store.bits import bf16_bits, wide
+
+
+class Latents(NamedTuple):
+    """What the kernels read of each latent."""
+
+    b_enc: Float[Tensor, " d_sae"]
+    theta: Float[Tensor, " d_sae"]
+    relu: bool
+    """Whether ReLU comes before the jump."""
+    half: float
+    """Half the bandwidth."""
+
+
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """A numba kernel without the GIL; tests wrap the functions of this package, and numba wants what is inside."""
+    return numba.njit(nogil=True, cache=True)(inspect.unwrap(function))
+
+
+@_compiled
+def _forward(
+    z: NDArray[np.uint16],
+    f: NDArray[np.uint16],
+    bias: NDArray[np.float32],
+    theta: NDArray[np.float32],
+    floor: np.float32,
+    fired: NDArray[np.float32],
+    first: int,
+    last: int,
+) -> None:
+    zero, one = np.float32(0), np.float32(1)
+    b, t, count = bias[first:last], theta[first:last], fired[first:last]
+    for i in range(z.shape[0]):
+        z_row, f_row = z[i, first:last], f[i, first:last]
+        for j in range(last - first):
+            raw = np.float32(wide(z_row[j])) + b[j]
+            value = raw if raw > floor else floor  # noqa: FURB136  numba vectorises this one
+            on = value > t[j]
+            count[j] += one if on else zero
+            f_row[j] = bf16_bits(value if on else zero)
+
+
+@_compiled
+def _backward(
+    z: NDArray[np.uint16],
+    df: NDArray[np.uint16],
+    bias: NDArray[np.float32],
+    theta: NDArray[np.float32],
+    floor: np.float32,
+    half: np.float32,
+    sums: NDArray[np.float32],
+    first: int,
+    last: int,
+) -> None:
+    zero, one = np.float32(0), np.float32(1)
+    b, t = bias[first:last], theta[first:last]
+    near, near_df, total = sums[0, first:last], sums[1, first:last], sums[2, first:last]
+    for i in range(z.shape[0]):
+        z_row, df_row = z[i, first:last], df[i, first:last]
+        for j in range(last - first):
+            raw = np.float32(wide(z_row[j])) + b[j]
+            value = raw if raw > floor else floor  # noqa: FURB136  numba vectorises this one
+            slope = np.float32(wide(df_row[j]))
+            inside, on = abs(value - t[j]) < half, value > t[j]
+            near[j] += one if inside else zero
+            near_df[j] += slope if inside else zero
+            total[j] += slope if on else zero
+            df_row[j] = df_row[j] if on else np.uint16(0)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), thread_name_prefix="fused")
+
+
+def _bits(t: Tensor) -> NDArray[np.uint16]:
+    return t.view(torch.uint16).numpy()
+
+
+def forward(
+    z: Float[Tensor, "tile d_sae"], latents: Latents, fired: Float[Tensor, " d_sae"]
+) -> Float[Tensor, "tile d_sae"]:
+    """Features (bfloat16) of `z + b_enc`, z the encoder's product (bfloat16); adds to `fired` how often each fired."""
+    f = torch.empty_like(z)
+    floor = np.float32(0 if latents.relu else -np.inf)
+    arguments = (_bits(z), _bits(f), latents.b_enc.numpy(), latents.theta.numpy(), floor, fired.numpy())
+    _each(lambda a, b: _forward(*arguments, a, b), z.shape[1])
+    return f
+
+
+def backward(
+    z: Float[Tensor, "tile d_sae"],
+    df: Float[Tensor, "tile d_sae"],
+    latents: Latents,
+    sums: Float[Tensor, "3 d_sae"],
+) -> None:
+    """Turn `df` into dz in place, both bfloat16; adds to `sums`: latents near their threshold, df over those, dz."""
+    floor = np.float32(0 if latents.relu else -np.inf)
+    arguments = (_bits(z), _bits(df), latents.b_enc.numpy(), latents.theta.numpy(), floor, np.float32(latents.half))
+    _each(lambda a, b: _backward(*arguments, sums.numpy(), a, b), z.shape[1])
+
+
+def _each(work: Callable[[int, int], object], d_sae: int) -> None:
+    """Run `work(first, last)` on bands of latents, one for each of torch's threads, this one among them."""
+    threads = torch.get_num_threads()
+    edges = [d_sae * i // threads for i in range(threads + 1)]
+    others = [_threads().submit(work, a, b) for a, b in pairwise(edges[1:])]
+    work(edges[0], edges[1])
+    for other in others:
+        other.result()
