@@ -91,7 +91,9 @@ class Recipe:
     """The firing frequency from which the penalty applies (GS2: 10%)."""
     prefixes: int = 1
     """Matryoshka: the squared error is summed over this many nested dictionaries, the whole, its first half, its first
-    quarter and so on. GS2 uses a Matryoshka loss; the sizes are not in the notes that this was written from."""
+    quarter and so on. GS2 uses a Matryoshka loss; the sizes are not in the notes that this was written from. A latent
+    of the first prefixes lowers several errors for one price, so JumpReLU's firing gathers there, and it recovers known
+    features worse (`benchmarks/trainer_synthetic.py`); BatchTopK's recovers them as well or better."""
     k: int = 50
     """TopK: active latents per token; BatchTopK: on average. No default is published; Qwen-Scope uses 50 and 100."""
     aux_k: int = 256
