@@ -90,7 +90,7 @@ class Reading:
 
 
 class Loader:
-    """The chunks of a reading: planned, loaded, ready, freed. `run` gives the loops for threads to run."""
+    """The chunks of a reading: planned, loaded, ready, freed. `loops` are for threads to run."""
 
     def __init__(self, store: Store, reading: Reading, memory: Memory, meter: Meter, stopping: threading.Event) -> None:
         """Nothing is loaded before the loops run; they end once `stopping` is set and `wake` called."""
