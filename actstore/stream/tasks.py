@@ -78,11 +78,6 @@ class Draft:
     """Slots that these parts use up."""
 
 
-def resident_chunks(order: StreamOrder, mix: int, *, keep: bool) -> int:
-    """Most chunks of a stream that are needed at a time; see `slot_tasks` for `keep`."""
-    return min(2 * mix - 1 if keep else mix, order.pieces)
-
-
 def slot_tasks(order: StreamOrder, stream: int, start: int, mix: int, *, keep: bool) -> Iterator[SlotTask]:
     """The slots of a stream from `start` on, with loads and frees.
 
