@@ -251,6 +251,45 @@ def test_by_default_ours_is_written_beside_it(place, tmp_path):
     assert (item.figures["data"], item.figures["sequences"]) == ("cats", 2), "the model card shows them"
 
 
+def test_all_below_a_directory_are_evaluated_together(place, tmp_path, capsys, monkeypatch):
+    """A sweep's SAEs: each gets what it would get alone, beside it, and one page compares them."""
+    saved = load_sae(place / "sae")
+    d = saved.sae.W_enc.shape[0]
+    for name, threshold, site in (
+        ("a/one", 0.03, "resid_post.2"),
+        ("a/two", 0.3, "resid_post.2"),
+        ("b", 0.1, "mlp_out.1"),
+    ):
+        about = {name: saved.config[name] for name in ("store", "seed", "provenance")}
+        save_sae(tmp_path / name, sae_for(d, 2 * d, threshold), scale=4.0, site=site, about=about)
+    common = {"tokens": (str(place / "heldout"), str(place / "cats")), "sequences": 3}
+    found = evaluate_saved(EvalConfig(sae=tmp_path, **common))
+    assert [(e.sae, e.data) for e in found] == [
+        (str(tmp_path / n), t) for n in ("a/one", "a/two", "b") for t in common["tokens"]
+    ]
+    for name in ("a/one", "a/two", "b"):
+        alone = evaluate_saved(EvalConfig(sae=tmp_path / name, out=tmp_path / "alone", **common))
+        assert alone == tuple(e for e in found if e.sae == str(tmp_path / name))
+        written = (tmp_path / name / "evaluation.json").read_text()
+        assert written == (tmp_path / "alone/evaluation.json").read_text()
+    rows = json.loads((tmp_path / "frontier.json").read_text())["evaluations"]
+    assert [(r["sae"], r["architecture"], r["site"]) for r in rows[::2]] == [
+        ("a/one", "jumprelu", "resid_post.2"),
+        ("a/two", "jumprelu", "resid_post.2"),
+        ("b", "jumprelu", "mlp_out.1"),
+    ]
+    assert [r["fvu"] for r in rows] == [e.fvu for e in found]
+    page = (tmp_path / "frontier.html").read_text()
+    assert page.count("<h2>") == 4, "a section for each site and data set"
+    check_page(page)
+    options = ["--sae", tmp_path, "--tokens", place / "cats", "--sequences", "1", "--out", tmp_path / "o"]
+    monkeypatch.setattr("sys.argv", ["trainer", "eval", *map(str, options)])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "SAEs in" in capsys.readouterr().out
+    assert (tmp_path / "o/a/two/evaluation.html").exists()
+
+
 def test_tokens_of_another_vocabulary_are_refused(place, monkeypatch):
     config = EvalConfig(sae=place / "sae", tokens=(str(place / "cats"),))
     table = dataclasses.replace(open_tokens(str(place / "cats")), max_id=10**6)

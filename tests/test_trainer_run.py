@@ -13,11 +13,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from actstore.errors import ActstoreError, StreamError
 from trainer import cli
 from trainer.config import EvalConfig, TrainConfig
-from trainer.evaluate import _Sums, evaluate, splice
+from trainer.evaluate import _Sums, evaluate
 from trainer.export import fold, load_params, reconstruct, write_npz, write_saelens
 from trainer.files import SavedSAE, load_sae, save_sae
 from trainer.recipe import GEMMA_SCOPE, SHORT
 from trainer.sae import init_sae
+from trainer.splice import splice
 from trainer.train import train
 
 

@@ -53,8 +53,13 @@ def evaluate(config: OmitArgPrefixes[EvalConfig], *, json: Json = None) -> None:
 
     with Progress() as progress:
         found = evaluate_saved(config, progress)
-    for one in found:
-        console.print_table(f"SAE {config.sae}", one.figures)
+    if len({one.sae for one in found}) > 1:
+        columns = ("sae", "model", "data", "l0", "fvu", "delta_loss", "loss_recovered", "dead")
+        lines = [tuple(one.figures[name] for name in columns) for one in found]
+        console.print_table(f"SAEs in {config.sae}", lines, header=columns)
+    else:
+        for one in found:
+            console.print_table(f"SAE {one.sae}", {k: v for k, v in one.figures.items() if k != "sae"})
     console.write_json(json, {"evaluations": [asdict(one) for one in found]})
 
 

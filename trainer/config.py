@@ -211,10 +211,10 @@ def _short(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate a trained SAE on held-out token sequences."""
+    """Evaluate a trained SAE, or all of a sweep, on held-out token sequences."""
 
     sae: Path
-    """Directory that `trainer train` wrote, or of a Gemma Scope or SAELens release."""
+    """Directory that `trainer train` wrote, or that holds several such, or of a Gemma Scope or SAELens release."""
     tokens: tuple[str, ...]
     """URLs or paths of token tables of held-out text, made with the model's own tokenizer; each is evaluated."""
     model: tuple[str, ...] = ()
@@ -222,7 +222,8 @@ class EvalConfig:
     By default the one the store was captured from (needed where that was a local directory, whose path is not
     recorded)."""
     out: Path | None = None
-    """Directory for evaluation.json and evaluation.html; by default the SAE's own, if this trainer wrote it."""
+    """Directory for evaluation.json and evaluation.html; by default the SAE's own, if this trainer wrote it. Of several
+    SAEs each has a directory there, and frontier.json and frontier.html compare them."""
     site: str | None = None
     """The site; by default the one the SAE was trained on, which releases don't always say."""
     sequences: int = 2_048

@@ -16,11 +16,11 @@ padding; means are over tokens:
   BOS is 0, for only BOS predicts it, and BOS is not replaced).
 
 An SAE is evaluated on every model and every token table that are given: on another model of the same shape, that says
-how far it transfers.
+how far it transfers. Of several SAEs on one site, such as a sweep's, each costs one pass of the model more, and
+`frontier.html` sets L0 against FVU and delta loss.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
@@ -39,10 +39,7 @@ from trainer.card import EVALUATION, config_digest
 from trainer.config import EvalConfig
 from trainer.files import CONFIG, WEIGHTS, SavedSAE, model_of, write_json
 from trainer.releases import load_any
-
-Replace = Callable[[Float[Tensor, "sequences length d_model"]], Float[Tensor, "sequences length d_model"]]
-"""From a site's activations to what the model goes on with."""
-
+from trainer.splice import cross_entropy, place_of, splice, watch
 
 DENSE = 0.1
 """A latent that fires on more than this share of tokens is dense."""
@@ -67,6 +64,8 @@ class Position:
 class Evaluation:
     """The figures that the module docstring defines, for one model and one set of sequences."""
 
+    sae: str = ""
+    """Directory of the SAE."""
     model: str = ""
     data: str = ""
     """Where the sequences come from."""
@@ -92,38 +91,6 @@ class Evaluation:
     def figures(self) -> dict[str, Any]:
         """What fits a table: everything but the sequences of numbers."""
         return {name: value for name, value in vars(self).items() if name not in ("positions", "histogram", "density")}
-
-
-@contextmanager
-def splice(module: nn.Module, side: str, replace: Replace) -> Generator[None]:
-    """While open, the model goes on with `replace(activations)` at this side ('input' or 'output') of `module`."""
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (replace(args[0]), *args[1:])
-
-    def after(_: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
-
-    hook = module.register_forward_pre_hook(before) if side == "input" else module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def cross_entropy(
-    model: nn.Module, ids: Int[Tensor, "sequences length"], kept: Bool[Tensor, "sequences length"]
-) -> Float64[Tensor, " length"]:
-    """Next-token loss summed over sequences, by the position of the token that is predicted; 0 where it isn't kept.
-
-    One sequence's logits at a time become float32.
-    """
-    logits = model(input_ids=ids, use_cache=False).logits
-    targets = ids.masked_fill(~kept, -100)
-    total = torch.zeros(ids.shape[1], dtype=torch.float64, device=ids.device)
-    for row, target in zip(logits, targets, strict=True):
-        total[1:] += nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="none")
-    return total
 
 
 def _bins(positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
@@ -199,7 +166,6 @@ def _finite(value: Float64[Tensor, ""]) -> float | None:
     return float(value) if bool(value.isfinite()) else None
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     module: nn.Module,
@@ -210,46 +176,59 @@ def evaluate(
     *,
     target: tuple[nn.Module, str] | None = None,
     batch_sequences: int = 8,
-    on_batch: Callable[[int], object] = lambda _: None,
 ) -> Evaluation:
-    """Evaluate `saved` at one side ('input' or 'output') of `module`, a part of `model`, on token sequences.
+    """`evaluate_many` for one SAE."""
+    how: dict[str, Any] = {"target": target, "batch_sequences": batch_sequences}
+    return evaluate_many(model, module, side, [saved], ids, special_ids, **how)[0]
 
-    A transcoder reads there and reconstructs, and is spliced in, at `target`. `special_ids` are BOS, EOS and padding.
+
+@torch.inference_mode()
+def evaluate_many(
+    model: nn.Module,
+    module: nn.Module,
+    side: str,
+    saes: Sequence[SavedSAE],
+    ids: Int[ndarray, "sequences length"],
+    special_ids: Sequence[int],
+    *,
+    target: tuple[nn.Module, str] | None = None,
+    batch_sequences: int = 8,
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> list[Evaluation]:
+    """Evaluate SAEs at one side ('input' or 'output') of `module`, a part of `model`, on token sequences.
+
+    Transcoders read there and reconstruct, and are spliced in, at `target`. `special_ids` are BOS, EOS and padding.
     `on_batch` is told the sequences done.
     """
-    sae, device = saved.sae, saved.sae.W_enc.device
-    sums = _Sums(sae.W_dec.shape[1], sae.W_enc.shape[1], ids.shape[1], device)
+    device = saes[0].sae.W_enc.device
+    every = [_Sums(s.sae.W_dec.shape[1], s.sae.W_enc.shape[1], ids.shape[1], device) for s in saes]
     specials = torch.tensor(sorted(set(special_ids)), device=device)
     read, written = (module, side), target or (module, side)
     for start in range(0, len(ids), batch_sequences):
         tokens = torch.from_numpy(np.ascontiguousarray(ids[start : start + batch_sequences], np.int64)).to(device)
         kept = ~torch.isin(tokens, specials)
         seen: dict[str, Tensor] = {}
-        with _watch(*read, seen, "read"), _watch(*written, seen, "written"):
-            sums.add_loss("clean", cross_entropy(model, tokens, kept))
-        _check_width(seen["read"], sae.W_enc.shape[0], "reads")
-        _check_width(seen["written"], sae.W_dec.shape[1], "writes")
-        sums.add_targets(kept)
+        with watch(*read, seen, "read"), watch(*written, seen, "written"):
+            losses = {"clean": cross_entropy(model, tokens, kept)}
         clean = seen["written"]
+
+        def spliced(value: Tensor | float, clean: Tensor = clean, tokens: Tensor = tokens, kept: Tensor = kept) -> Any:
+            changed = clean.clone()
+            changed[kept] = value.to(clean.dtype) if isinstance(value, Tensor) else value
+            with splice(*written, lambda _: changed):
+                return cross_entropy(model, tokens, kept)
+
+        losses["zero"] = spliced(0.0)
         x, y, positions = seen["read"][kept].float(), clean[kept].float(), kept.nonzero()[:, 1]
-        xhat = _reconstructed(saved, x, y, positions, sums)
-        for name, value in (("sae", xhat), ("zero", torch.zeros_like(xhat))):
-            spliced = clean.clone()
-            spliced[kept] = value.to(clean.dtype)
-            with splice(*written, lambda _, spliced=spliced: spliced):
-                sums.add_loss(name, cross_entropy(model, tokens, kept))
+        for saved, sums in zip(saes, every, strict=True):
+            _check_width(seen["read"], saved.sae.W_enc.shape[0], "reads")
+            _check_width(seen["written"], saved.sae.W_dec.shape[1], "writes")
+            sums.add_targets(kept)
+            xhat = _reconstructed(saved, x, y, positions, sums)
+            for name, loss in {**losses, "sae": spliced(xhat)}.items():
+                sums.add_loss(name, loss)
         on_batch(len(tokens))
-    return _evaluation(len(ids), sums)
-
-
-def _watch(module: nn.Module, side: str, seen: dict[str, Tensor], name: str) -> AbstractContextManager[None]:
-    """While open, the activations at this side of `module` are kept in `seen`."""
-
-    def keep(x: Tensor) -> Tensor:
-        seen[name] = x
-        return x
-
-    return splice(module, side, keep)
+    return [_evaluation(len(ids), sums) for sums in every]
 
 
 def _check_width(activations: Tensor, width: int, does: str) -> None:
@@ -310,40 +289,42 @@ def _evaluation(sequences: int, sums: _Sums) -> Evaluation:
     )
 
 
-def place_of(model: nn.Module, site: str) -> tuple[nn.Module, str]:
-    """The module, and which side of it, that `site` is in a `transformers` model."""
-    from actstore.capture.forward import decoder_of
-    from actstore.capture.sites import check_sites, hooks_of, parse_sites
-
-    (place,) = parse_sites(site)
-    config: Any = model.config
-    check_sites(config, (place,), str(config.name_or_path))
-    hook = hooks_of(config.model_type)[place.kind]
-    return decoder_of(model).layers[place.layer].get_submodule(hook.module), hook.side
+def saes_in(directory: Path) -> list[Path]:
+    """The directories of this trainer's SAEs below one that is none itself, such as a sweep's; else the path itself."""
+    if (directory / WEIGHTS).exists():
+        return [directory]
+    return sorted(path.parent for path in directory.glob(f"**/{WEIGHTS}")) or [directory]
 
 
 def evaluate_saved(config: EvalConfig, progress: Progress | None = None) -> tuple[Evaluation, ...]:
-    """Evaluate the SAE in `config.sae` on the first sequences of every token table, on every model.
+    """Evaluate the SAE in `config.sae`, or all below it, on the first sequences of every token table, on every model.
 
-    Writes evaluation.json and evaluation.html to `config.out`, by default to the SAE's directory if it is one of ours.
+    Writes evaluation.json and evaluation.html of each to `config.out`, by default to the SAE's directory if it is one
+    of ours, and of several also frontier.json and frontier.html.
     """
     from actstore.tokens import open_tokens
 
-    saved = load_any(config.sae, site=config.site, device=config.device)
-    names = config.model or (model_of(saved),)
+    paths = saes_in(config.sae)
+    saes = {path: load_any(path, site=config.site, device=config.device) for path in paths}
     tables = {url: open_tokens(url) for url in config.tokens}
-    out = config.out or (config.sae if (config.sae / WEIGHTS).exists() and (config.sae / CONFIG).exists() else None)
-    display = progress or Progress()
-    done = [found for name in names for found in _on_model(name, saved, tables, config, display)]
-    if out is not None:
-        write_evaluations(out, str(config.sae), saved.site, done)
-    return tuple(done)
+    display, done = progress or Progress(), {path: list[Evaluation]() for path in paths}
+    for name in config.model or sorted({model_of(saved) for saved in saes.values()}):
+        for path, found in _on_model(name, saes, tables, config, display):
+            done[path].append(found)
+    for path, found in done.items():
+        ours = (path / WEIGHTS).exists() and (path / CONFIG).exists()
+        out = config.out / path.relative_to(config.sae) if config.out else path if ours else None
+        if out is not None:
+            write_evaluations(out, str(path), saes[path].site, found)
+    if len(paths) > 1:
+        write_frontier(config.out or config.sae, config.sae, saes, done)
+    return tuple(evaluation for path in paths for evaluation in done[path])
 
 
 def _on_model(
-    name: str, saved: SavedSAE, tables: Mapping[str, TokenTable], config: EvalConfig, display: Progress
-) -> Iterator[Evaluation]:
-    """The evaluation on every table, of one model; the model is gone afterwards."""
+    name: str, saes: Mapping[Path, SavedSAE], tables: Mapping[str, TokenTable], config: EvalConfig, display: Progress
+) -> Iterator[tuple[Path, Evaluation]]:
+    """The evaluations of all SAEs on every table, of one model; the model is gone afterwards."""
     from actstore.capture.model import load_model
 
     model = load_model(name, config.dtype, config.device)
@@ -353,14 +334,20 @@ def _on_model(
             raise MismatchError(
                 f"{url} holds token {table.max_id}, {name} knows {vocabulary}. Tokenize with the model's own tokenizer."
             )
-    place, written = place_of(model, saved.site), saved.config.get("target", {}).get("site")
-    target = None if written is None else place_of(model, written)
-    for url, table in tables.items():
-        ids = table.ids(0, min(config.sequences, table.sequences))
-        bar = display.step(f"evaluate {PurePath(name).name} {PurePath(url).name}", total=len(ids), unit="sequences")
-        how: dict[str, Any] = {"batch_sequences": config.batch_sequences, "on_batch": bar.advance}
-        found = evaluate(model, *place, saved, ids, table.special_ids, target=target, **how)
-        yield replace(found, model=name, data=url)
+    places: dict[tuple[str, str | None], list[Path]] = {}
+    for path, saved in saes.items():
+        places.setdefault((saved.site, saved.config.get("target", {}).get("site")), []).append(path)
+    for (site, written), paths in places.items():
+        place, target = place_of(model, site), None if written is None else place_of(model, written)
+        for url, table in tables.items():
+            ids = table.ids(0, min(config.sequences, table.sequences))
+            what = f"evaluate {site}, {PurePath(name).name}, {PurePath(url).name}"
+            bar = display.step(what, total=len(ids), unit="sequences")
+            how: dict[str, Any] = {"batch_sequences": config.batch_sequences, "on_batch": bar.advance}
+            here = [saes[path] for path in paths]
+            found = evaluate_many(model, *place, here, ids, table.special_ids, target=target, **how)
+            for path, one in zip(paths, found, strict=True):
+                yield path, replace(one, sae=str(path), model=name, data=url)
 
 
 def write_evaluations(out: Path, sae: str, site: str, evaluations: Sequence[Evaluation]) -> None:
@@ -373,3 +360,19 @@ def write_evaluations(out: Path, sae: str, site: str, evaluations: Sequence[Eval
     write_report(
         out / "evaluation.html", title=f"SAE on {site}", figures=figures, sections=evaluation_sections(evaluations)
     )
+
+
+def write_frontier(
+    out: Path, root: Path, saes: Mapping[Path, SavedSAE], done: Mapping[Path, Sequence[Evaluation]]
+) -> None:
+    """Write the figures of every SAE below `root` to `out`/frontier.json, and against L0 to `out`/frontier.html."""
+    from trainer.report import frontier_sections, write_report
+
+    rows: list[dict[str, Any]] = []
+    for path, saved in saes.items():
+        about = {"name": path.relative_to(root).as_posix(), "site": saved.site, "d_sae": saved.sae.W_enc.shape[1]}
+        about["architecture"] = saved.sae.recipe.architecture
+        rows += [{**about, **evaluation.figures, "sae": about["name"]} for evaluation in done[path]]
+    write_json(out / "frontier.json", {"evaluations": rows})
+    figures = {"SAEs": len(saes), "sequences": rows[0]["sequences"], "tokens": rows[0]["tokens"]}
+    write_report(out / "frontier.html", title=f"SAEs in {root.name}", figures=figures, sections=frontier_sections(rows))

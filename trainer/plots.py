@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from actstore.progress import scaled
 
@@ -77,6 +77,28 @@ def positions(evaluations: Mapping[str, Sequence[Any]]) -> str:
         if i == 0 and len(evaluations) > 1:
             axes.legend(frameon=False, fontsize=7)
     return _svg(figure)
+
+
+def frontier(rows: Sequence[Mapping[str, Any]]) -> str:
+    """FVU and delta loss over L0 (`trainer.evaluate.write_frontier`), a line for each architecture and width."""
+    figure = Figure(figsize=(9, 3.6))
+    draw_frontier(figure, rows)
+    return _svg(figure)
+
+
+def draw_frontier(figure: FigureBase, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw what `frontier` shows into a figure."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["l0"]):
+        lines.setdefault(f"{row['architecture']}, {row['d_sae']:,}", []).append(row)
+    for i, (key, label) in enumerate((("fvu", "FVU"), ("delta_loss", "delta loss (nats)"))):
+        axes = figure.add_subplot(1, 2, i + 1)
+        for j, (name, found) in enumerate(sorted(lines.items())):
+            axes.plot([row["l0"] for row in found], [row[key] for row in found], "o-", markersize=4, linewidth=1.2,
+                      color=COLOURS[j % len(COLOURS)], label=name)  # fmt: skip
+        axes.set(xlabel="L0", ylabel=label, xscale="log", yscale="log" if min(r[key] for r in rows) > 0 else "linear")
+        if i == 0:
+            axes.legend(frameon=False, fontsize=7)
 
 
 def _bars(values: Mapping[str, float], label: str, *, log: bool) -> str:

@@ -89,3 +89,21 @@ def evaluation_labels(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation
     if len(set(short)) < len(short):  # two paths may end alike
         short = [f"{e.model}, {e.data}" for e in evaluations]
     return dict(zip(short, evaluations, strict=True))
+
+
+def frontier_sections(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Many SAEs (`trainer.evaluate.write_frontier`): what each L0 costs, for every site, model and data set."""
+    columns = ("name", "l0", "fvu", "delta_loss", "loss_recovered", "dead", "dense")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        names = (row["site"], PurePath(row["model"]).name, PurePath(row["data"]).name)
+        groups.setdefault(", ".join(names), []).append(row)
+    return [
+        Section(
+            title=name,
+            text="A line for each architecture and width; lower and further left is better.",
+            plot=plots.frontier(group),
+            table=[[c.replace("_", " ") for c in columns], *([row[c] for c in columns] for row in group)],
+        )
+        for name, group in groups.items()
+    ]
