@@ -71,8 +71,7 @@ class Ranks:
             return rows[None]
         sent = rows.to(_device(), non_blocking=True).contiguous()
         found = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=sent.device)
-        # as bytes, which every backend takes
-        dist.all_gather_into_tensor(found.flatten(0, 1).view(torch.uint8), sent.view(torch.uint8))
+        dist.all_gather(list(found.view(torch.uint8)), sent.view(torch.uint8))  # bytes, which every backend takes
         return found
 
     def barrier(self) -> None:

@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -122,7 +123,8 @@ def ranks_of(sae: SAE) -> Ranks:
 
 def sae_of(recipe: Recipe, tensors: Mapping[str, Tensor]) -> SAE:
     """The SAE that has these tensors, parameters and buffers by name; they are not copied."""
-    return ARCHITECTURES[recipe.architecture](**tensors, recipe=recipe)
+    make: Any = ARCHITECTURES[recipe.architecture]
+    return make(**tensors, recipe=recipe)
 
 
 def shapes(recipe: Recipe, d_model: int, d_sae: int, d_out: int | None = None) -> dict[str, tuple[int, ...]]:

@@ -71,10 +71,7 @@ def sweep(config: SweepConfig, progress: Progress | None = None) -> list[Trained
         done = _release(config, results)
         write_json(config.out / SWEEP, {"saes": [vars(trained) for trained in done]})
     ranks.barrier()
-    if not ranks.lead:
-        found = json.loads((config.out / SWEEP).read_text(encoding="utf-8"))
-        done = [Trained(**trained) for trained in found["saes"]]
-    return done
+    return [Trained(**trained) for trained in json.loads((config.out / SWEEP).read_text(encoding="utf-8"))["saes"]]
 
 
 def check(config: SweepConfig) -> list[Stream]:

@@ -250,14 +250,13 @@ def _start_all(
     """This process' runs before their first step, and the scales of what they read and of what they reconstruct."""
     scale, mean = normalisation(stream.store, stream.site, specs[0].recipe)
     target_scale, target_mean = normalisation(stream.store, stream.target or stream.site, specs[0].recipe)
-    sizes: dict[str, Any] = {"d_out": None if stream.target is None else len(target_mean), "sample": None}
+    sizes: dict[str, Any] = {"d_out": None if stream.target is None else len(target_mean), "ranks": ranks}
     rows = stream.first_rows() if any(spec.recipe.init_l0 is not None for spec in specs) else None
     runs: list[Run] = []
     for spec in deal.mine(specs):
         if rows is not None:
             sizes["sample"] = rows[: max(1, SAMPLE_ELEMENTS // spec.d_sae)].float() / scale
-        where: Any = {"device": device, "ranks": ranks}
-        sae = init_sae(len(mean), spec.d_sae, spec.recipe, seed=spec.seed, mean=target_mean, **where, **sizes)
+        sae = init_sae(len(mean), spec.d_sae, spec.recipe, seed=spec.seed, mean=target_mean, device=device, **sizes)
         runs.append(start(spec.name, sae, steps))
     return runs, scale, target_scale
 
@@ -275,8 +274,7 @@ def train_site(
     """Train the SAEs of `specs` on one stream, each into its folder (by name), from the newest of `checkpoints`.
 
     The processes of a process group share each SAE, or, with `dealt`, have SAEs of their own; all return all results.
-    Raises ValueError for what the store or the processes can't serve and MismatchError if the checkpoint is of another
-    run.
+    Raises ValueError for what store or processes can't serve and MismatchError if the checkpoint is of another run.
     """
     ranks = current()
     deal = Deal(tuple(spec.name for spec in specs), ranks if dealt else ALONE)
