@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from trainer.parallel import LATENT_AXIS, Ranks, check_deal, check_sharding
 from trainer.recipe import ANTHROPIC_2025, GEMMA_SCOPE_2, SHORT, Recipe
 from trainer.sae import init_sae, shapes
 from trainer.stream import Stream
-from trainer.train import Run, start
+from trainer.train import Run, start, train
 
 D, OUT, W, B, STEPS = 12, 10, 40, 64, 6
 WIDE = Recipe(bandwidth=0.2, threshold_init=0.15, lr=1e-3, lr_warmup_steps=3, sparsity_warmup_steps=2, batch_size=B)
@@ -255,11 +255,12 @@ def test_batches_are_bitwise_those_of_one_process(world, store, tmp_path):
 
 
 def deadly(config, victims, step, in_file=0):
-    """Run, but ranks `victims` are killed in this step, or at this write of a checkpoint."""
-    do, sync, writes = Run.step, checkpoint._sync, [0]
+    """Run, but ranks `victims` are killed in this step, or at this write of a checkpoint; returns the first step."""
+    do, sync, writes, first = Run.step, checkpoint._sync, [0], []
     doomed = dist.get_rank() in victims
 
     def deadly_step(self, x, y, number, steps):
+        first.append(number)
         if doomed and number == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return do(self, x, y, number, steps)
@@ -272,7 +273,7 @@ def deadly(config, victims, step, in_file=0):
 
     Run.step, checkpoint._sync = deadly_step, deadly_sync
     run(config)
-    return "done"
+    return first[0]
 
 
 def assert_killed(found, victims):
@@ -290,19 +291,26 @@ def differing(a, b):
 def whole(store, tmp_path_factory):
     """What two processes that nobody disturbs write."""
     out = tmp_path_factory.mktemp("whole")
-    assert processes(2, out, deadly, config_of("train", store, out / "run"), [], 0) == ["done"] * 2
+    assert processes(2, out, deadly, config_of("train", store, out / "run"), [], 0) == [0, 0]
     return out / "run"
 
 
 @pytest.mark.parametrize(
-    ("victims", "step", "in_file"),
-    [([1], 23, 0), ([0, 1], 30, 0), ([1], -1, 2), ([0], -1, 2), ([0], -1, 3), ([0], -1, 4)],
+    ("victims", "step", "in_file", "from_step"),
+    [
+        ([1], 23, 0, 20),
+        ([0, 1], 30, 0, 28),
+        ([1], -1, 2, 4),
+        ([0], -1, 2, 0),
+        ([0], -1, 3, 0),
+        ([0], -1, 4, 4),
+    ],
     ids=["one", "all", "its tensors", "the index", "before the rename", "after it"],
 )
-def test_killed_processes_go_on_bitwise(victims, step, in_file, store, whole, tmp_path):
+def test_killed_processes_go_on_bitwise(victims, step, in_file, from_step, store, whole, tmp_path):
     config = config_of("train", store, tmp_path / "run")
     assert_killed(processes(2, tmp_path, deadly, config, victims, step, in_file), victims)
-    assert processes(2, tmp_path, deadly, config, [], 0) == ["done"] * 2
+    assert processes(2, tmp_path, deadly, config, [], 0) == [from_step] * 2
     assert differing(content(tmp_path / "run"), content(whole)) == []
 
 
@@ -331,20 +339,38 @@ def test_any_number_of_processes_goes_on(store, whole, tmp_path):
 def state_of(config, shards):
     """The state that this rank reads from the last checkpoint."""
     ranks = parallel.current()
-    state = start("sae", init_sae(16, 40, config.recipe, mean=torch.zeros(16), ranks=ranks), 42).state
-    checkpoint.restore(config.out / f"checkpoints/step_{42:09}", "sae", state, shards=shards, ranks=ranks)
+    sae = init_sae(16, 40, config.recipe, mean=torch.zeros(16), sample=torch.zeros(4, 16), ranks=ranks)
+    state = start("sae", sae, config.steps).state
+    checkpoint.restore(config.out / f"checkpoints/step_{config.steps:09}", "sae", state, shards=shards, ranks=ranks)
     return {key: tensor.numpy().copy() for key, tensor in state.items()}
 
 
-def test_shards_are_read_in_any_number_and_assembled_bitwise(store, whole, tmp_path):
-    config = config_of("train", store, whole)
-    expected, sae = state_of(config, 2), load_file(whole / "sae.safetensors")
+def test_shards_are_read_in_any_number_and_assembled_bitwise(store, tmp_path):
+    """With first moments too."""
+    config = replace(config_of("train", store, tmp_path / "run", steps=8), preset="anthropic_2025")
+    assert processes(2, tmp_path, deadly, config, [], -1) == [0, 0]
+    expected, sae = state_of(config, 2), load_file(tmp_path / "run/sae.safetensors")
     assert {k: tuple(t.shape) for k, t in sae.items()} == shapes(config.recipe, 16, 40)
     assert all(np.array_equal(expected[f"parameters/{key}"], t.numpy()) for key, t in sae.items())
     found = processes(4, tmp_path, state_of, config, 2)
-    assert found[0]["moments/W_enc"].shape == (16, 10)
+    assert found[0]["moments/first.W_enc"].shape == (16, 10)
     for key, value in expected.items():
         assert np.array_equal(joined([rank[key] for rank in found], key), value), key
+
+
+def measured():
+    """The metrics of a shared SAE, some of whose latents die soon."""
+    recipe = replace(WIDE, threshold_init=0.9, dead_after_tokens=2 * B)
+    sae = init_sae(D, W, recipe, ranks=parallel.current())
+    return asdict(train(sae, (x for x, _ in batches(recipe)), steps=STEPS, scale=1.0))
+
+
+def test_metrics_are_of_all_latents(tmp_path):
+    expected = measured()
+    assert 0 < expected["dead"] < 1
+    for found in processes(4, tmp_path, measured):
+        for key in expected.keys() - {"rows_per_second", "wait"}:
+            assert found[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "of another run"])
@@ -395,7 +421,7 @@ def grid(store, out, **change):
 )
 def test_dealt_saes_are_bitwise_those_of_one_process(world, change, store, tmp_path):
     run(grid(store, tmp_path / "alone", **change))
-    assert processes(world, tmp_path, deadly, grid(store, tmp_path / "dealt", **change), [], -1) == ["done"] * world
+    assert processes(world, tmp_path, deadly, grid(store, tmp_path / "dealt", **change), [], -1) == [0] * world
     found, expected = content(tmp_path / "dealt"), content(tmp_path / "alone")
     assert differing(found, expected) == []
     assert sum(name.endswith("params.npz") for name in found) >= 2 and "sweep.json" in found
@@ -407,7 +433,7 @@ def test_a_dealt_sweep_goes_on_with_any_number_of_processes(store, tmp_path):
     assert_killed(processes(2, tmp_path, deadly, config, [1], 9), [1])
     with pytest.raises(KeyboardInterrupt):
         interrupted(config, 14)
-    assert processes(2, tmp_path, deadly, config, [], -1) == ["done"] * 2
+    assert processes(2, tmp_path, deadly, config, [], -1) == [12, 12]
     assert differing(content(tmp_path / "dealt"), content(tmp_path / "alone")) == []
 
 

@@ -25,7 +25,7 @@ from trainer.card import Released, folders_of
 from trainer.config import SweepConfig
 from trainer.export import write_release
 from trainer.files import load_sae, write_json
-from trainer.parallel import check_deal, current
+from trainer.parallel import current
 from trainer.stream import Stream, normalisation
 from trainer.train import TrainResult, settings_of, train_site
 
@@ -79,7 +79,6 @@ def check(config: SweepConfig) -> list[Stream]:
 
     Raises ValueError or ActstoreError if not, MismatchError if the checkpoint of one is of another run.
     """
-    check_deal(current(), len(config.specs))
     store, recipe = actstore.open(config.store), config.specs[0].recipe
     streams: list[Stream] = []
     for site, target in zip(config.sites, config.targets or [None] * len(config.sites), strict=True):
