@@ -4,23 +4,31 @@ A checkpoint holds everything that the next step depends on, so that a resumed r
 a CPU with as many threads; a GPU adds up in its own order). It is written into a hidden directory, forced to the
 disk, and renamed; a kill at any time leaves the one before. Tensors are copied into those of a freshly made run,
 which keeps their alignment, and with it the order in which vector units add.
+
+Where processes share an SAE each writes its latents into a file of its own, NAME.0-of-4.state.safetensors, and any
+number of processes goes on from them. Where they share out the SAEs of a stream each writes those it has. The lead
+writes the index, when all are done.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from actstore.errors import ActstoreError, mismatch
+from trainer.parallel import ALONE, LATENT_AXIS, Ranks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, SHARDED_VERSION = 1, 2
+"""Without and with shards."""
 INDEX, STATE = "checkpoint.json", ".state.safetensors"
 
 
@@ -39,6 +47,8 @@ class Checkpoint:
     """`ActivationDataset.state_dict()` after the last batch."""
     metrics: dict[str, int]
     """Bytes of metrics.jsonl by SAE."""
+    shards: int = 1
+    """Files of each SAE, one for each of the processes that shared it."""
 
 
 def place(folder: Path, step: int) -> Path:
@@ -46,65 +56,130 @@ def place(folder: Path, step: int) -> Path:
     return folder / f"step_{step:09}"
 
 
-def save(folder: Path, checkpoint: Checkpoint, states: Mapping[str, Mapping[str, Tensor]], *, keep: int) -> Path:
-    """Write a checkpoint with the tensors of each SAE, delete all but the last `keep`, and return its directory."""
+def save(
+    folder: Path,
+    checkpoint: Checkpoint,
+    states: Mapping[str, Mapping[str, Tensor]],
+    *,
+    keep: int,
+    ranks: Ranks = ALONE,
+) -> Path:
+    """Write a checkpoint with the tensors of each SAE, delete all but the last `keep`, and return its directory.
+
+    All `ranks` call it, each with the SAEs or the parts of SAEs that it has.
+    """
     path = place(folder, checkpoint.step)
     hidden = folder / f".{path.name}"
-    for left in (*folder.glob(".step_*"), *folder.glob(path.name)):
-        shutil.rmtree(left)
-    hidden.mkdir(parents=True)
+    if ranks.lead:
+        for left in (*folder.glob(".step_*"), *folder.glob(path.name)):
+            shutil.rmtree(left)
+        hidden.mkdir(parents=True)
+    ranks.barrier()
     for name, state in states.items():
-        file = hidden / f"{name}{STATE}"
+        file = hidden / _file(name, ranks.rank if checkpoint.shards > 1 else 0, checkpoint.shards)
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
         _sync(file)
-    index = hidden / INDEX
-    index.write_text(json.dumps({"format_version": FORMAT_VERSION, **vars(checkpoint)}, allow_nan=False) + "\n")
+    ranks.barrier()
+    if ranks.lead:
+        _publish(folder, checkpoint, hidden, path)
+        for old in _complete(folder)[:-keep]:
+            (old / INDEX).unlink()
+            shutil.rmtree(old)
+    return path
+
+
+def _publish(folder: Path, checkpoint: Checkpoint, hidden: Path, path: Path) -> None:
+    """Write the index of the checkpoint in `hidden` and give it its name."""
+    index, fields = hidden / INDEX, dict(vars(checkpoint))
+    version = FORMAT_VERSION if fields["shards"] == 1 else SHARDED_VERSION
+    if version == FORMAT_VERSION:
+        del fields["shards"]
+    index.write_text(json.dumps({"format_version": version, **fields}, allow_nan=False) + "\n")
     _sync(index)
     _sync(hidden)
     hidden.replace(path)
     _sync(folder)
-    for old in _complete(folder)[:-keep]:
-        (old / INDEX).unlink()
-        shutil.rmtree(old)
-    return path
 
 
-def latest(folder: Path, settings: dict[str, Any]) -> Checkpoint | None:
+def _file(name: str, shard: int, shards: int) -> str:
+    return f"{name}{STATE}" if shards == 1 else f"{name}.{shard}-of-{shards}{STATE}"
+
+
+def latest(folder: Path, settings: dict[str, Any], ranks: Ranks = ALONE) -> Checkpoint | None:
     """The newest checkpoint in `folder`, if there is one.
 
-    Raises MismatchError that names each of `settings` that differs, and ActstoreError if it can't be read.
+    Raises MismatchError that names each of `settings` that differs, and ActstoreError if it can't be read or if not all
+    of `ranks` find the same.
     """
+    found = _newest(folder, settings)
+    if not ranks.same(found.step if found else -1):
+        mine = f"step {found.step}" if found else "none"
+        raise ActstoreError(
+            f"the {ranks.world} processes do not see the same checkpoints in {folder}: rank {ranks.rank} finds {mine}. "
+            "Take an --out on a file system that all share."
+        )
+    return found
+
+
+def _newest(folder: Path, settings: dict[str, Any]) -> Checkpoint | None:
     paths = _complete(folder)
     if not paths:
         return None
     try:
         index = json.loads((paths[-1] / INDEX).read_text(encoding="utf-8"))
         version = index.pop("format_version")
-        found = Checkpoint(**index) if version == FORMAT_VERSION else None
+        found = Checkpoint(**index) if version in (FORMAT_VERSION, SHARDED_VERSION) else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(paths[-1], error) from None
     if found is None:
-        raise ActstoreError(f"{paths[-1]} has format version {version}, this trainer reads {FORMAT_VERSION}.")
+        raise ActstoreError(f"{paths[-1]} has format version {version}, this trainer reads up to {SHARDED_VERSION}.")
     if found.settings != (asked := json.loads(json.dumps(settings))):
         remedy = "Ask for the same to go on from it, or take another --out, or --no-resume to delete it and start over."
         raise mismatch(f"the run in {paths[-1]}", found.settings, asked, remedy)
     return found
 
 
-def restore(path: Path, name: str, state: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of SAE `name` in checkpoint directory `path` into those of `state`."""
+def restore(
+    path: Path, name: str, state: Mapping[str, Tensor], *, shards: int = 1, ranks: Ranks = ALONE, whole: bool = True
+) -> None:
+    """Copy the tensors of SAE `name` in checkpoint directory `path` into those of `state`.
+
+    `state` has this rank's part of them; whatever of the `shards` files has some of it is read. Unless it is the
+    `whole` state, the files may hold more tensors.
+    """
     try:
-        with safe_open(path / f"{name}{STATE}", framework="pt") as file:
-            if set(file.keys()) != set(state):
-                raise ActstoreError(f"{path} holds {sorted(file.keys())} of {name}, expected {sorted(state)}.")
+        with ExitStack() as stack:
+            paths = [path / _file(name, shard, shards) for shard in range(shards)]
+            files = [stack.enter_context(safe_open(p, framework="pt")) for p in paths]
+            for file in files:
+                if (found := set(file.keys())) != set(state) and (whole or not found >= set(state)):
+                    raise ActstoreError(f"{path} holds {sorted(found)} of {name}, expected {sorted(state)}.")
             for key, tensor in state.items():
-                stored = file.get_tensor(key)
+                axis = _latent_axis(key) if shards > 1 or ranks.world > 1 else None
+                stored = files[0].get_tensor(key) if axis is None else _part(files, key, tensor, axis, ranks)
                 if (stored.shape, stored.dtype) != (tensor.shape, tensor.dtype):
                     found, expected = (f"{t.dtype} {tuple(t.shape)}" for t in (stored, tensor))
                     raise ActstoreError(f"{path}: {key} of {name} is {found}, expected {expected}.")
                 tensor.copy_(stored)
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from None
+
+
+def _latent_axis(key: str) -> int | None:
+    """The axis of the latents of a tensor of `Run.state`, if they are dealt to the processes."""
+    return LATENT_AXIS.get(key.rsplit("/", 1)[-1].removeprefix("first."))
+
+
+def _part(files: Sequence[Any], key: str, like: Tensor, axis: int, ranks: Ranks) -> Tensor:
+    """This rank's latents of a tensor whose parts, of equal size, lie in `files`."""
+    own, parts = ranks.latents(like.shape[axis] * ranks.world), []
+    each = like.shape[axis] * ranks.world // len(files)
+    for i, file in enumerate(files):
+        first, end = max(own.start - i * each, 0), min(own.stop - i * each, each)
+        if first < end:
+            rows = slice(first, end)
+            parts.append(file.get_slice(key)[:, rows] if axis else file.get_slice(key)[rows])
+    return torch.cat(parts, axis)
 
 
 def _unreadable(path: Path, error: Exception) -> ActstoreError:

@@ -1,6 +1,7 @@
 """`trainer train | sweep | eval | export`: the command line, made from the config dataclasses.
 
-Exit codes as in `actstore`: 0, 1 (failed), 2 (bad arguments), 130 (interrupted).
+`train` and `sweep` also run as several processes: `torchrun --nproc-per-node 4 -m trainer.cli train ...`
+(`trainer/parallel.py`). Exit codes as in `actstore`: 0, 1 (failed), 2 (bad arguments), 130 (interrupted).
 """
 
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 from tyro.conf import OmitArgPrefixes
 from tyro.extras import SubcommandApp
 
@@ -24,26 +26,35 @@ app = SubcommandApp()
 @app.command
 def train(config: OmitArgPrefixes[TrainConfig], *, json: Json = None) -> None:
     """Train an SAE on one site of an activation store."""
+    from trainer.parallel import joined
     from trainer.train import train_from_store
 
-    with Progress() as progress:
+    with joined(config.device) as ranks, _progress(quiet=not ranks.lead) as progress:
         result = train_from_store(config, progress)
-    figures = vars(result) | vars(result.final)
-    del figures["final"]
-    console.print_table(f"SAE {config.out}", figures)
-    console.write_json(json, result)
+    if ranks.lead:
+        figures = vars(result) | vars(result.final)
+        del figures["final"]
+        console.print_table(f"SAE {config.out}", figures)
+        console.write_json(json, result)
 
 
 @app.command
 def sweep(config: OmitArgPrefixes[SweepConfig], *, json: Json = None) -> None:
     """Train SAEs of every width, sparsity and seed on every site; one read of the store feeds all SAEs of a site."""
+    from trainer.parallel import joined
     from trainer.sweep import sweep as run
 
-    with Progress() as progress:
+    with joined(config.device) as ranks, _progress(quiet=not ranks.lead) as progress:
         trained = run(config, progress)
-    lines: list[tuple[object, ...]] = [(t.release, t.name, t.average_l0, t.fvu, t.dead) for t in trained]
-    console.print_table(f"sweep {config.out}", lines, header=("release", "SAE", "L0", "FVU", "dead"))
-    console.write_json(json, {"saes": [vars(t) for t in trained]})
+    if ranks.lead:
+        lines: list[tuple[object, ...]] = [(t.release, t.name, t.average_l0, t.fvu, t.dead) for t in trained]
+        console.print_table(f"sweep {config.out}", lines, header=("release", "SAE", "L0", "FVU", "dead"))
+        console.write_json(json, {"saes": [vars(t) for t in trained]})
+
+
+def _progress(*, quiet: bool) -> Progress:
+    """The display; of several processes the lead's alone is seen."""
+    return Progress(Console(quiet=True, force_terminal=False)) if quiet else Progress()
 
 
 @app.command(name="eval")

@@ -16,7 +16,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trainer.parts import StepStatistics, accumulate, affine, copies, decoder_pass, tiles, times, unit_rows
+from trainer.parts import (
+    StepStatistics,
+    accumulate,
+    affine,
+    copies,
+    decoder_backward,
+    decoder_forward,
+    tiles,
+    times,
+    unit_rows,
+)
 from trainer.recipe import Recipe
 
 
@@ -82,7 +92,7 @@ class GatedSAE:
             f = torch.addcmul(self.b_mag, pi, stretch).relu_().mul_(gate)
             firing = f.sign()
             fired += firing.sum(0)
-            df, _, error, _ = decoder_pass(self, W_dec, grad, f, tile, target)
+            df, error, _ = decoder_backward(self, W_dec, grad, decoder_forward(self, W_dec, f, tile, target), tile)
             squares += error
             d_mag = df.mul_(firing)
             grad["b_mag"] += d_mag.sum(0)

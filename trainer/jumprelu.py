@@ -5,6 +5,7 @@ derivative (Rajamanoharan et al. 2024, arXiv 2407.14435, section 4). `trainer/re
 variant that `trainer.recipe` names; the sparsity losses differ in the price of an active latent only.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trainer import fused
-from trainer.parts import StepStatistics, accumulate, affine, copies, decoder_pass, tiles, unit_rows
+from trainer.parallel import ALONE, Ranks
+from trainer.parts import (
+    Decoded,
+    StepStatistics,
+    accumulate,
+    affine,
+    copies,
+    decoder_backward,
+    decoder_forward,
+    tiles,
+    unit_rows,
+)
 from trainer.recipe import Recipe
 
 
@@ -36,6 +48,29 @@ class _Sums(NamedTuple):
     penalty: Float[Tensor, ""]
 
 
+class _Weights(NamedTuple):
+    """What a step reads of the parameters."""
+
+    W_enc: Float[Tensor, "d_model d_sae"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    theta: Float[Tensor, " d_sae"]
+    norms: Float[Tensor, " d_sae"] | None
+    """Lengths of the decoder's rows, where they are not 1."""
+
+
+class _Tile(NamedTuple):
+    """Some rows after the forward pass."""
+
+    x: Float[Tensor, "tile d_model"]
+    centred: Float[Tensor, "tile d_model"]
+    z: Float[Tensor, "tile d_sae"]
+    gate: Float[Tensor, "tile d_sae"]
+    f: Float[Tensor, "tile d_sae"]
+    decoded: Decoded
+    l0: Float[Tensor, " tile"] | None
+    """Active latents of each token, of all ranks; None where nothing asks for them."""
+
+
 @dataclass
 class JumpReLUSAE:
     """The tensors, in the units of normalised activations, and the recipe that says how to read them."""
@@ -49,6 +84,8 @@ class JumpReLUSAE:
     recipe: Recipe
     W_skip: Float[Tensor, "d_model d_out"] | None = None
     """A transcoder's affine skip connection: x W_skip is added to the reconstruction."""
+    ranks: Ranks = ALONE
+    """The processes that share it (`trainer/parallel.py`): the tensors are then of this one's latents."""
 
     @property
     def theta(self) -> Float[Tensor, " d_sae"]:
@@ -99,7 +136,8 @@ class JumpReLUSAE:
         """One step's gradients, by parameter name, and statistics.
 
         `coefficient` is lambda at this step; `dead` marks the latents to revive, if the recipe revives any; `y` is
-        what a transcoder reconstructs (None: x).
+        what a transcoder reconstructs (None: x). Of ranks that share the SAE all take the same batch; loss, L0 and the
+        gradients of what no latent owns are then the same on all.
         """
         batch, recipe, theta = len(x), self.recipe, self.theta
         norms = None if recipe.unit_decoder else torch.linalg.vector_norm(self.W_dec, dim=1)
@@ -107,93 +145,140 @@ class JumpReLUSAE:
         sums = _Sums(
             *(torch.zeros_like(theta) for _ in range(6)), *(torch.zeros((), device=x.device) for _ in range(3))
         )
+        counts = None
         if self._fusible(x):
             self._fused_pass(grad, sums, x, y)
         else:
-            self._pass(grad, sums, x, y, coefficient, norms)
+            counts = self._pass(_Weights(*copies(self), theta, norms), grad, sums, x, y, coefficient)
         fired, near, priced = sums.fired, sums.near, sums.priced
         for slope in grad.values():
             slope.mul_(2 / batch)
         if recipe.pre_bias:
             grad["b_dec"] -= self.W_enc @ grad["b_enc"]
-        l0 = fired.sum() / batch
-        sparsity = sums.penalty / batch
+        l0 = (fired if counts is None else counts).sum() / batch
+        frequent, revival = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        cost, price = self._sparsity(l0, coefficient)
         if recipe.sparsity_loss == "l0":
-            cost, price = self._sparsity(l0, coefficient)
-            sparsity, priced = sparsity + cost, price * near
+            priced = price * near
         if recipe.frequency_penalty:
             excess = fired / batch - recipe.frequency_max
-            sparsity = sparsity + recipe.frequency_penalty * excess.relu().sum()
+            frequent = recipe.frequency_penalty * excess.relu().sum()
             priced = priced + recipe.frequency_penalty * (excess > 0) * near
         d_theta = (theta * sums.near_df * 2 + priced) / (-recipe.bandwidth * batch)
         if recipe.pre_act_coefficient:
             d_theta += sums.below / batch
         if norms is not None:
             grad["W_dec"] += (sums.d_norm / (batch * norms))[:, None] * self.W_dec
-        revival = torch.zeros((), device=x.device)
         if recipe.revival and dead is not None:
             d_theta += recipe.revival * dead
             grad["b_enc"] -= recipe.revival * dead
             revival = recipe.revival * ((theta - self.b_enc) * dead).sum()
         grad["threshold"] = d_theta * theta if recipe.log_threshold else d_theta
+        self._add_up(grad, [sums.squares, sums.penalty, frequent, revival])
         mse = sums.squares / batch
-        loss = mse + sparsity + revival
+        sparsity = sums.penalty / batch
+        if recipe.sparsity_loss == "l0":
+            sparsity = sparsity + cost
+        loss = mse + (sparsity + frequent) + revival
         if recipe.prefixes > 1:
             loss = loss + sums.nested / batch
         return grad, StepStatistics(loss, mse, l0, fired)
 
     def _pass(
         self,
+        weights: _Weights,
         grad: dict[str, Tensor],
-        sums: "_Sums",
+        sums: _Sums,
         x: Float[Tensor, "batch d_model"],
         y: Float[Tensor, "batch d_out"] | None,
         coefficient: float,
-        norms: Float[Tensor, " d_sae"] | None,
+    ) -> Float[Tensor, " batch"] | None:
+        """Add to `grad` (in half units) and `sums` what the batch has to say, tile by tile.
+
+        Ranks that share the SAE do all tiles' forward passes before the first backward pass, with one all-reduce in
+        between; the number of active latents of each token, which that brings, is returned.
+        """
+        forwards: Iterable[_Tile] = (self._forward(weights, sums, *tile) for tile in tiles(self, x, y))
+        counts = None
+        if self.ranks.world > 1:
+            forwards, counts = self._reduced(list(forwards))
+        for tile in forwards:
+            self._backward(weights, grad, sums, tile, coefficient)
+        return counts
+
+    def _forward(
+        self, weights: _Weights, sums: _Sums, x: Float[Tensor, "tile d_model"], y: Float[Tensor, "tile d_out"]
+    ) -> _Tile:
+        centred = x - self.b_dec if self.recipe.pre_bias else x
+        z = self._pre_activations(centred, weights.W_enc)
+        gate = torch.gt(z, weights.theta, out=torch.empty_like(z))  # as 0.0 and 1.0: booleans are several times slower
+        sums.fired.add_(gate.sum(0))
+        f = z * gate
+        counted = self.ranks.world > 1 or self.recipe.sparsity_loss == "l0_per_token"
+        decoded = decoder_forward(self, weights.W_dec, f, x, y, lead=self.ranks.lead)
+        return _Tile(x, centred, z, gate, f, decoded, gate.sum(1) if counted else None)
+
+    def _reduced(self, parts: list[_Tile]) -> tuple[Iterable[_Tile], Float[Tensor, " batch"]]:
+        """The tiles with the residuals and counts of all ranks' latents, and the counts of the batch."""
+        narrow = [tile.decoded.narrow for tile in parts]
+        residuals = torch.cat([tile.decoded.residuals[0] for tile in parts])
+        flat = torch.cat([residuals.flatten(), *(tile.l0 for tile in parts if tile.l0 is not None)])
+        self.ranks.sum(flat)
+        rows = [len(tile.x) for tile in parts]
+        residuals, counts = flat[: residuals.numel()].view_as(residuals), flat[residuals.numel() :]
+        found = zip(parts, narrow, residuals.split(rows), counts.split(rows), strict=True)
+        return (tile._replace(decoded=Decoded(f, [r]), l0=n) for tile, f, r, n in found), counts
+
+    def _backward(
+        self, weights: _Weights, grad: dict[str, Tensor], sums: _Sums, tile: _Tile, coefficient: float
     ) -> None:
-        """Add to `grad` (in half units) and `sums` what the batch has to say, tile by tile."""
-        recipe, theta = self.recipe, self.theta
-        W_enc, W_dec = copies(self)
-        for tile, target in tiles(self, x, y):
-            centred = tile - self.b_dec if recipe.pre_bias else tile
-            z = self._pre_activations(centred, W_enc)
-            gate = torch.gt(z, theta, out=torch.empty_like(z))  # as 0.0 and 1.0: booleans are several times slower
-            sums.fired.add_(gate.sum(0))
-            f = z * gate
-            df, _, error, error_nested = decoder_pass(self, W_dec, grad, f, tile, target)
-            sums.squares.add_(error)
-            sums.nested.add_(error_nested)
-            price = None
-            if recipe.sparsity_loss == "tanh":
-                scale = recipe.tanh_scale if norms is None else recipe.tanh_scale * norms
-                saturated = (f * scale).tanh_()
-                sums.penalty.add_(coefficient * saturated.sum())
-                slope = saturated.square_().neg_().add_(1).mul_(coefficient * recipe.tanh_scale)
-                sums.d_norm.add_((slope * f).sum(0))
-                df += slope.mul_(0.5 if norms is None else norms / 2)
-            elif recipe.sparsity_loss == "l0_per_token" and recipe.target_l0 is not None:
-                excess = gate.sum(1) - recipe.target_l0
-                sums.penalty.add_(coefficient * 2 / recipe.target_l0 * excess.square().sum())
-                price = coefficient * 4 / recipe.target_l0 * excess
-            under = self._pre_act_loss(z, norms, sums) if recipe.pre_act_coefficient else None
-            window = torch.lt(z.sub_(theta).abs_(), recipe.bandwidth / 2, out=torch.empty_like(z))
-            sums.near.add_(window.sum(0))
-            if price is not None:
-                sums.priced.add_(price @ window)
-            through = None
-            if recipe.estimate_inputs:
-                each = 0.0 if recipe.sparsity_loss == "tanh" else coefficient if price is None else price[:, None]
-                through = window * (theta * df + each / 2) / recipe.bandwidth
-            sums.near_df.add_(window.mul_(df).sum(0))
-            dz = df.mul_(gate)
-            for more in (under, through):
-                if more is not None:
-                    dz += more
-            accumulate(grad["W_enc"], centred, dz, W_enc)
-            grad["b_enc"] += dz.sum(0)
+        """Use up a tile: its pre-activations and slopes are overwritten."""
+        recipe, rows = self.recipe, self.ranks.share
+        W_enc, W_dec, theta, norms = weights
+        x, centred, z, gate, f, decoded, l0 = tile
+        df, error, error_nested = decoder_backward(self, W_dec, grad, decoded, x, rows)
+        sums.squares.add_(error)
+        sums.nested.add_(error_nested)
+        price = None
+        if recipe.sparsity_loss == "tanh":
+            scale = recipe.tanh_scale if norms is None else recipe.tanh_scale * norms
+            saturated = (f * scale).tanh_()
+            sums.penalty.add_(coefficient * saturated.sum())
+            slope = saturated.square_().neg_().add_(1).mul_(coefficient * recipe.tanh_scale)
+            sums.d_norm.add_((slope * f).sum(0))
+            df += slope.mul_(0.5 if norms is None else norms / 2)
+        elif recipe.sparsity_loss == "l0_per_token" and recipe.target_l0 is not None and l0 is not None:
+            excess = l0 - recipe.target_l0
+            sums.penalty.add_(coefficient * 2 / recipe.target_l0 * excess[rows].square().sum())
+            price = coefficient * 4 / recipe.target_l0 * excess
+        under = self._pre_act_loss(z, norms, sums) if recipe.pre_act_coefficient else None
+        window = torch.lt(z.sub_(theta).abs_(), recipe.bandwidth / 2, out=torch.empty_like(z))
+        sums.near.add_(window.sum(0))
+        if price is not None:
+            sums.priced.add_(price @ window)
+        through = None
+        if recipe.estimate_inputs:
+            each = 0.0 if recipe.sparsity_loss == "tanh" else coefficient if price is None else price[:, None]
+            through = window * (theta * df + each / 2) / recipe.bandwidth
+        sums.near_df.add_(window.mul_(df).sum(0))
+        dz = df.mul_(gate)
+        for more in (under, through):
+            if more is not None:
+                dz += more
+        accumulate(grad["W_enc"], centred, dz, W_enc)
+        grad["b_enc"] += dz.sum(0)
+
+    def _add_up(self, grad: dict[str, Tensor], scalars: list[Tensor]) -> None:
+        """Replace what no latent owns, gradients and scalars, by the sums over the ranks that share the SAE."""
+        if self.ranks.world == 1:
+            return
+        tensors = [grad[name] for name in ("b_dec", "W_skip") if name in grad] + scalars
+        flat = self.ranks.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, found in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(found.view_as(tensor))
 
     def _pre_act_loss(
-        self, z: Float[Tensor, "tile d_sae"], norms: Float[Tensor, " d_sae"] | None, sums: "_Sums"
+        self, z: Float[Tensor, "tile d_sae"], norms: Float[Tensor, " d_sae"] | None, sums: _Sums
     ) -> Float[Tensor, "tile d_sae"]:
         """Count the pre-activation loss in `sums`; returns its slope in z, in half units."""
         coefficient = self.recipe.pre_act_coefficient
@@ -209,12 +294,14 @@ class JumpReLUSAE:
         """Whether `trainer.fused` has this recipe's pointwise work."""
         r = self.recipe
         plain = r.sparsity_loss == "l0" and r.prefixes == 1 and not r.pre_act_coefficient and not r.estimate_inputs
-        return plain and r.compute == "bfloat16" and self.W_skip is None and x.device.type == "cpu"
+        return (
+            plain and r.compute == "bfloat16" and self.W_skip is None and x.device.type == "cpu" and self.ranks == ALONE
+        )
 
     def _fused_pass(
         self,
         grad: dict[str, Tensor],
-        sums: "_Sums",
+        sums: _Sums,
         x: Float[Tensor, "batch d_model"],
         y: Float[Tensor, "batch d_out"] | None,
     ) -> None:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from trainer.parallel import ALONE, LATENT_AXIS, Ranks
 from trainer.parts import SAE
 from trainer.recipe import Recipe
 
@@ -36,9 +37,13 @@ def project(W_dec: Tensor, gradient: Tensor) -> None:
     gradient.addcmul_((gradient * W_dec).sum(1, keepdim=True), W_dec, value=-1)
 
 
-def clip(gradients: dict[str, Tensor], most: float) -> None:
-    """Scale all gradients in place so that their joint norm is at most `most`; the device is not waited for."""
-    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+def clip(gradients: dict[str, Tensor], most: float, ranks: Ranks = ALONE) -> None:
+    """Scale all gradients in place so that their joint norm is at most `most`; the device is not waited for.
+
+    Of ranks that share an SAE each has the gradients of its latents, and the lead counts those that all have.
+    """
+    counted = {name: float(ranks.lead or name in LATENT_AXIS) for name in gradients}
+    norm = ranks.sum(torch.stack([g.square().sum() * counted[name] for name, g in gradients.items()])).sum().sqrt()
     factor = (most / norm).clamp(max=1.0)
     for gradient in gradients.values():
         gradient.mul_(factor)
@@ -52,10 +57,14 @@ def update(
     step: int,
     rate: float,
     recipe: Recipe,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """One update of the parameters and moments in place; `step` counts from 0. The gradients are used up."""
+    """One update of the parameters and moments in place; `step` counts from 0. The gradients are used up.
+
+    `ranks` are the processes that share the SAE.
+    """
     if recipe.clip_norm is not None:
-        clip(gradients, recipe.clip_norm)
+        clip(gradients, recipe.clip_norm, ranks)
     if recipe.unit_decoder:
         project(sae.W_dec, gradients["W_dec"])
     if recipe.lazy_adam:

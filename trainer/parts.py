@@ -85,12 +85,19 @@ class SAE(Protocol):
 
 
 class Decoded(NamedTuple):
-    """What the decoder's pass over a tile returns."""
+    """A tile's features and what the decoder makes of them."""
+
+    narrow: Float[Tensor, "tile d_sae"]
+    """The features as they were multiplied."""
+    residuals: list[Float[Tensor, "tile d_out"]]
+    """xhat - y for each prefix, the whole last."""
+
+
+class Slopes(NamedTuple):
+    """What the decoder's backward pass over a tile returns."""
 
     df: Float[Tensor, "tile d_sae"]
     """Slope of half the squared error (of all prefixes) in f."""
-    residual: Float[Tensor, "tile d_out"]
-    """xhat - y."""
     squares: Float[Tensor, ""]
     """Squared error, summed over the tile."""
     nested: Float[Tensor, ""]
@@ -142,41 +149,62 @@ def prefix_edges(d_sae: int, prefixes: int) -> list[int]:
     return sorted({0, *(max(1, d_sae >> level) for level in range(prefixes))})
 
 
-def decoder_pass(
+def decoder_forward(
     sae: SAE,
     W_dec: Float[Tensor, "d_sae d_out"],
-    gradients: dict[str, Tensor],
     f: Float[Tensor, "tile d_sae"],
     x: Float[Tensor, "tile d_model"],
     y: Float[Tensor, "tile d_out"],
+    *,
+    lead: bool = True,
 ) -> Decoded:
-    """Decode f, add the slopes of W_dec, b_dec and W_skip to `gradients`, and return the slope of f.
-
-    With nested prefixes the latents come in blocks; a block takes part in its own prefix and all longer ones, so its
-    slope comes from the sum of those residuals, at no further product.
-    """
-    edges = prefix_edges(f.shape[1], sae.recipe.prefixes)
-    blocks = [slice(a, b) for a, b in pairwise(edges)]
+    """Decode f. Of the ranks that share an SAE, only the lead adds b_dec, the skip connection and -y."""
+    blocks = _blocks(sae, f)
     narrow = f.to(W_dec.dtype)
-    residual = affine(sae.b_dec, narrow[:, blocks[0]], W_dec[blocks[0]])
-    skip = gradients.get("W_skip")
-    if skip is not None:
-        residual.addmm_(x, sae.parameters["W_skip"])
-    residuals = [residual.sub_(y)]
+    residual = affine(sae.b_dec if lead else torch.zeros_like(sae.b_dec), narrow[:, blocks[0]], W_dec[blocks[0]])
+    if lead:
+        if "W_skip" in sae.parameters:
+            residual.addmm_(x, sae.parameters["W_skip"])
+        residual.sub_(y)
+    residuals = [residual]
     for block in blocks[1:]:
         residuals.append(affine(residuals[-1], narrow[:, block], W_dec[block]))
-    squares = [r.square().sum() for r in residuals]
+    return Decoded(narrow, residuals)
+
+
+def decoder_backward(
+    sae: SAE,
+    W_dec: Float[Tensor, "d_sae d_out"],
+    gradients: dict[str, Tensor],
+    decoded: Decoded,
+    x: Float[Tensor, "tile d_model"],
+    rows: slice = slice(None),
+) -> Slopes:
+    """Add the slopes of W_dec, b_dec and W_skip to `gradients`, and return the slope of f.
+
+    With nested prefixes the latents come in blocks; a block takes part in its own prefix and all longer ones, so its
+    slope comes from the sum of those residuals, at no further product. Ranks that share an SAE have all residuals, and
+    divide what does not belong to latents by `rows`.
+    """
+    narrow, residuals = decoded
+    blocks = _blocks(sae, narrow)
+    squares = [r[rows].square().sum() for r in residuals]
     slope, df = residuals[-1], [torch.empty(0)] * len(blocks)
     for i in reversed(range(len(blocks))):
         accumulate(gradients["W_dec"][blocks[i]], narrow[:, blocks[i]], slope, W_dec)
         df[i] = times(slope, W_dec[blocks[i]].T)
         if i:
             slope = slope + residuals[i - 1]
-    gradients["b_dec"] += slope.sum(0)
-    if skip is not None:
-        skip.addmm_(x.T, slope)
+    gradients["b_dec"] += slope[rows].sum(0)
+    if "W_skip" in gradients:
+        gradients["W_skip"].addmm_(x[rows].T, slope[rows])
     nested = sum(squares[:-1], torch.zeros_like(squares[0]))
-    return Decoded(df[0] if len(df) == 1 else torch.cat(df, 1), residuals[-1], squares[-1], nested)
+    return Slopes(df[0] if len(df) == 1 else torch.cat(df, 1), squares[-1], nested)
+
+
+def _blocks(sae: SAE, f: Float[Tensor, "tile d_sae"]) -> list[slice]:
+    """The latents that each prefix adds to the one before."""
+    return [slice(a, b) for a, b in pairwise(prefix_edges(f.shape[1], sae.recipe.prefixes))]
 
 
 def unit_rows(W_dec: Float[Tensor, "d_sae d_out"]) -> None:

@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,11 +13,26 @@ from torch import Tensor
 
 from trainer.gated import GatedSAE
 from trainer.jumprelu import JumpReLUSAE
+from trainer.parallel import ALONE, Ranks
 from trainer.parts import SAE, StepStatistics
 from trainer.recipe import Recipe
 from trainer.topk import TopKSAE
 
-__all__ = ["SAE", "GatedSAE", "JumpReLUSAE", "StepStatistics", "TopKSAE", "as_jumprelu", "init_sae", "sae_of", "shapes"]
+__all__ = [
+    "SAE",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "StepStatistics",
+    "TopKSAE",
+    "as_jumprelu",
+    "init_sae",
+    "ranks_of",
+    "sae_of",
+    "shapes",
+]
+
+BLOCK = 1024
+"""Rows of a matrix that are drawn at a time."""
 
 ARCHITECTURES: dict[str, type[JumpReLUSAE] | type[TopKSAE] | type[GatedSAE]] = {
     "jumprelu": JumpReLUSAE,
@@ -36,6 +52,7 @@ def init_sae(
     device: torch.device | str = "cpu",
     d_out: int | None = None,
     sample: Float[Tensor, "sample d_model"] | None = None,
+    ranks: Ranks = ALONE,
 ) -> SAE:
     """A fresh SAE as Gemma Scope starts one (section 3.2): W_dec He-uniform then unit rows, W_enc its transpose.
 
@@ -43,7 +60,8 @@ def init_sae(
     that it is not W_dec^T; unit columns of the decoder's distribution are ours), the skip connection, if the recipe
     has one, starts at 0. `mean` is the mean of what is reconstructed, normalised; it is needed, and used, only if the
     recipe starts b_dec there, and `sample`, some normalised activations, only if the recipe starts b_enc from data.
-    The weights depend on the seed and the sizes alone, not on the device. Raises ValueError for what is missing.
+    The weights depend on the seed and the sizes alone, not on the device. Of `ranks` that share a JumpReLU SAE each
+    gets its part of the same weights, and never holds more. Raises ValueError for what is missing.
     """
     if min(d_model, d_sae, d_out or 1) < 1:
         raise ValueError(f"an SAE needs d_model, d_sae and d_out >= 1, got {d_model}, {d_sae} and {d_out}")
@@ -55,8 +73,9 @@ def init_sae(
     if d_out is not None and recipe.pre_bias:
         raise ValueError("a transcoder has no pre-encoder bias: take `recipe.for_transcoder()`")
     rng = torch.Generator().manual_seed(seed)
-    W_dec = _rows(d_sae, d_out or d_model, recipe, rng)
-    W_enc = W_dec.T.contiguous() if d_out is None else _rows(d_sae, d_model, recipe, rng).T.contiguous()
+    own = ranks.latents(d_sae)
+    W_dec = _rows(d_sae, d_out or d_model, recipe, rng, own)
+    W_enc = W_dec.T.contiguous() if d_out is None else _rows(d_sae, d_model, recipe, rng, own).T.contiguous()
     if recipe.decoder_init == "uniform":
         W_enc *= d_model / d_sae
     b_dec = torch.zeros(W_dec.shape[1])
@@ -64,7 +83,7 @@ def init_sae(
         if mean is None:
             raise ValueError("the recipe starts b_dec at the mean activation, but no mean was given")
         b_dec = mean.detach().to("cpu", torch.float32).clone()
-    zeros, start = torch.zeros(d_sae), torch.full((d_sae,), recipe.threshold_init)
+    zeros, start = torch.zeros(len(W_dec)), torch.full((len(W_dec),), recipe.threshold_init)
     if recipe.init_l0 is not None:
         if sample is None:
             raise ValueError("the recipe starts b_enc from data, but no sample of activations was given")
@@ -81,19 +100,31 @@ def init_sae(
         tensors["threshold"] = torch.zeros((), dtype=torch.float64)
     if recipe.skip:
         tensors["W_skip"] = torch.zeros(d_model, W_dec.shape[1])
-    return sae_of(recipe, {name: tensor.to(device) for name, tensor in tensors.items()})
+    sae = sae_of(recipe, {name: tensor.to(device) for name, tensor in tensors.items()})
+    return replace(sae, ranks=ranks) if isinstance(sae, JumpReLUSAE) else sae
 
 
-def _rows(rows: int, d: int, recipe: Recipe, rng: torch.Generator) -> Float[Tensor, "rows d"]:
-    """Decoder rows as the recipe draws them: He-uniform at length 1, or uniform in +-1/sqrt(d)."""
+def _rows(rows: int, d: int, recipe: Recipe, rng: torch.Generator, own: slice) -> Float[Tensor, "own d"]:
+    """The `own` ones of decoder rows as the recipe draws them: He-uniform at length 1, or uniform in +-1/sqrt(d)."""
     bound = (6 / d) ** 0.5 if recipe.decoder_init == "he_unit" else d**-0.5
-    W = torch.empty(rows, d).uniform_(-bound, bound, generator=rng)
+    W = torch.empty(own.stop - own.start, d)
+    for start in range(0, rows, BLOCK):  # all are drawn, since each comes after those before it
+        block = torch.empty(min(BLOCK, rows - start), d).uniform_(-bound, bound, generator=rng)
+        first, end = max(start, own.start), min(start + len(block), own.stop)
+        if first < end:
+            W[first - own.start : end - own.start] = block[first - start : end - start]
     return W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True)) if recipe.decoder_init == "he_unit" else W
+
+
+def ranks_of(sae: SAE) -> Ranks:
+    """The processes that share the SAE."""
+    return sae.ranks if isinstance(sae, JumpReLUSAE) else ALONE
 
 
 def sae_of(recipe: Recipe, tensors: Mapping[str, Tensor]) -> SAE:
     """The SAE that has these tensors, parameters and buffers by name; they are not copied."""
-    return ARCHITECTURES[recipe.architecture](**tensors, recipe=recipe)
+    make: Any = ARCHITECTURES[recipe.architecture]
+    return make(**tensors, recipe=recipe)
 
 
 def shapes(recipe: Recipe, d_model: int, d_sae: int, d_out: int | None = None) -> dict[str, tuple[int, ...]]:

@@ -9,9 +9,11 @@ In the directory `out`:
                              (resid_post) above, if there are several
     sweep.json               which SAE is where, with its figures
 
-Sites are trained one after the other: a resumed sweep reads finished ones back from their last checkpoint.
+Sites are trained one after the other: a resumed sweep reads finished ones back from their last checkpoint. Processes of
+a process group each train some of a site's SAEs, and the lead writes the release.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from trainer.card import Released, folders_of
 from trainer.config import SweepConfig
 from trainer.export import write_release
 from trainer.files import load_sae, write_json
-from trainer.train import Stream, TrainResult, normalisation, settings_of, train_site
+from trainer.parallel import current
+from trainer.stream import Stream, normalisation
+from trainer.train import TrainResult, settings_of, train_site
 
 SWEEP, RELEASE = "sweep.json", "release"
 
@@ -60,10 +64,14 @@ def sweep(config: SweepConfig, progress: Progress | None = None) -> list[Trained
     for stream in check(config):
         folders = {spec.name: config.out / "saes" / stream.site / spec.name for spec in config.specs}
         kept = _checkpoints(config, stream.site)
-        results += train_site(config, stream, config.specs, folders=folders, checkpoints=kept, progress=display)
-    done = _release(config, results)
-    write_json(config.out / SWEEP, {"saes": [vars(trained) for trained in done]})
-    return done
+        where: Any = {"folders": folders, "checkpoints": kept}
+        results += train_site(config, stream, config.specs, **where, progress=display, dealt=True)
+    ranks = current()
+    if ranks.lead:
+        done = _release(config, results)
+        write_json(config.out / SWEEP, {"saes": [vars(trained) for trained in done]})
+    ranks.barrier()
+    return [Trained(**trained) for trained in json.loads((config.out / SWEEP).read_text(encoding="utf-8"))["saes"]]
 
 
 def check(config: SweepConfig) -> list[Stream]:

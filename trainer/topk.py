@@ -19,7 +19,8 @@ from trainer.parts import (
     accumulate,
     affine,
     copies,
-    decoder_pass,
+    decoder_backward,
+    decoder_forward,
     keep_largest,
     tiles,
     times,
@@ -102,13 +103,14 @@ class TopKSAE:
             start += len(tile)
             gate = f.sign()
             fired += gate.sum(0)
-            df, residual, error, error_nested = decoder_pass(self, W_dec, grad, f, tile, target)
+            decoded = decoder_forward(self, W_dec, f, tile, target)
+            df, error, error_nested = decoder_backward(self, W_dec, grad, decoded, tile)
             squares += error
             nested += error_nested
             dz = df.mul_(gate)
             if revive and dead is not None:
                 spare = keep_largest(z * dead, recipe.aux_k)
-                left = affine(residual, spare, W_dec)
+                left = affine(decoded.residuals[-1], spare, W_dec)
                 auxiliary += recipe.aux_coefficient * left.square().sum()
                 accumulate(grad["W_dec"], spare, left, W_dec, recipe.aux_coefficient)
                 dz += times(left, W_dec.T).mul_(spare.sign_()).mul_(recipe.aux_coefficient)

@@ -2,19 +2,19 @@
 
 `train_many` needs nothing but an iterator of batches, and feeds each to all SAEs: one read of the store, one transfer
 to the device. The SAEs share nothing else, so each becomes bit for bit what it would be alone. `train_site` feeds it
-from an activation store, with checkpoints, and writes the results; `train_from_store` is that for one SAE. The loop
-never waits for the device between log steps: statistics stay there until then.
+from an activation store, with checkpoints, and writes the results; `train_from_store` is that for one SAE. In a
+process group they do one process' part of that (`trainer/parallel.py`), and the lead writes what belongs to all. The
+loop never waits for the device between log steps: statistics stay there until then.
 """
 
 import io
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,15 @@ from torch import Tensor
 import actstore
 from actstore.errors import ActstoreError, StreamError
 from actstore.progress import Progress
-from actstore.store import Store
-from actstore.stream.adapters import endless
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig, SAESpec, TrainConfig
 from trainer.files import CONFIG, METRICS, save_sae
 from trainer.optim import second_moments, update
-from trainer.recipe import Recipe
-from trainer.sae import SAE, StepStatistics, init_sae
-from trainer.watch import Meter, Metrics, note, open_metrics, watching
-
-Batch = Tensor | tuple[Tensor, Tensor]
-"""Activations [batch, d_model], for a transcoder with what it is to reconstruct [batch, d_out]."""
+from trainer.parallel import ALONE, Deal, Ranks, check_deal, check_sharding, current
+from trainer.sae import SAE, StepStatistics, init_sae, ranks_of, sae_of, shapes
+from trainer.stream import Batch, Stream, normalisation
+from trainer.watch import Meter, Metrics, last_metrics, note, of_all, open_metrics, watching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +64,11 @@ class Run:
     """Sum of the steps' L0 since the last line of metrics."""
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that share the SAE; it and the state are then those of this one's latents."""
+        return ranks_of(self.sae)
+
+    @property
     def state(self) -> dict[str, Tensor]:
         """All tensors by name, not copied: what a checkpoint holds."""
         groups = {"parameters": self.sae.parameters, "buffers": self.sae.buffers, "moments": self.moments}
@@ -81,7 +82,7 @@ class Run:
         recipe, dead = self.sae.recipe, self.idle >= self.sae.recipe.dead_after_tokens
         gradients, statistics = self.sae.loss_and_gradients(x, recipe.sparsity(step, steps), dead, y)
         rate = recipe.learning_rate(step, steps)
-        update(self.sae, gradients, self.moments, step=step, rate=rate, recipe=recipe)
+        update(self.sae, gradients, self.moments, step=step, rate=rate, recipe=recipe, ranks=self.ranks)
         self.idle.add_(len(x)).masked_fill_(statistics.fired > 0, 0)
         good = statistics.loss.isfinite()
         self.first_bad.copy_(torch.where(good, self.first_bad, self.first_bad.clamp(max=step)))
@@ -120,6 +121,7 @@ def train_many(
     scale: float,
     target_scale: float = 1.0,
     position: Position | None = None,
+    deal: Deal | None = None,
     log_every: int = 100,
     checkpoint_every: int = 0,
     on_log: Callable[[list[Metrics]], object] = lambda _: None,
@@ -130,11 +132,12 @@ def train_many(
 
     Batches for transcoders are pairs, and the second is divided by `target_scale`. `position` is where the runs
     stand, and is kept up to date; `batches` begin there. `on_log` gets the metrics of each run, `on_step` the rows of
-    each step, `on_checkpoint` the position every `checkpoint_every` steps and at the end. Raises ActstoreError that
-    names step and SAE if a loss stops being finite, and StreamError if the batches end early.
+    each step, `on_checkpoint` the position every `checkpoint_every` steps and at the end. With `deal`, other processes
+    have further SAEs, on the same batches. Raises ActstoreError, the same on all of them, that names step and SAE if a
+    loss stops being finite, and StreamError if the batches end early.
     """
     at, device, source, meter = position or Position(), runs[0].sae.W_enc.device, iter(batches), Meter()
-    logged = at.step - at.step % log_every
+    logged, everyone = at.step - at.step % log_every, deal or Deal(tuple(run.name for run in runs))
     while at.step < steps:
         try:
             batch = meter.wait(lambda: next(source))
@@ -149,7 +152,7 @@ def train_many(
         log = at.step % log_every == 0 or at.step == steps
         keep = at.step == steps or bool(checkpoint_every and at.step % checkpoint_every == 0)
         if log or keep:
-            _check_finite(runs, at, steps, parameters=keep)
+            _check_finite(runs, at, steps, everyone, parameters=keep)
         if log:
             window, logged = at.step - logged, at.step
             on_log(_measure(runs, statistics, y, at, steps=steps, window=window, rates=meter.lap()))
@@ -180,19 +183,26 @@ def train(
     return history[0]
 
 
-def _check_finite(runs: Sequence[Run], at: Position, steps: int, *, parameters: bool) -> None:
+def _check_finite(runs: Sequence[Run], at: Position, steps: int, everyone: Deal, *, parameters: bool) -> None:
     """Refuse losses that were not finite, and parameters that the last update left so."""
-    first = torch.stack([run.first_bad for run in runs]).tolist()
-    step = min(first)
-    names = [run.name for run, bad in zip(runs, first, strict=True) if bad == step < steps]
+    found = [torch.stack([run.first_bad.double(), _not_finite(run) * float(parameters)]) for run in runs]
+    first, broken = everyone.all(torch.stack(found)).unbind(1)
+    step = int(first.min())
+    names = [name for name, bad in zip(everyone.names, first.tolist(), strict=True) if bad == step < steps]
     what = f"the loss of {', '.join(names)} is not finite from step {step} (of {steps}) on"
     if not names and parameters:
-        names = [run.name for run in runs if not all(p.isfinite().all() for p in run.sae.parameters.values())]
+        names = [name for name, bad in zip(everyone.names, broken.tolist(), strict=True) if bad]
         what = f"the parameters of {', '.join(names)} are not finite after {at.step} of {steps} steps"
     if names:
         good = f"The last good checkpoint is {at.checkpoint}. " if at.checkpoint else ""
         advice = "Check the store for NaN or infinite activations, or lower the learning rate."
         raise ActstoreError(f"{what}. {good}{advice}")
+
+
+def _not_finite(run: Run) -> Float64[Tensor, ""]:
+    """How many of its parameter tensors are not finite, counted on every rank that shares it."""
+    bad = torch.stack([~p.isfinite().all() for p in run.sae.parameters.values()])
+    return run.ranks.sum(bad.sum().double())
 
 
 def _measure(
@@ -209,7 +219,7 @@ def _measure(
     variance = (y - y.mean(0)).square().sum() / len(y)
     found: list[Tensor] = []
     for run, s in zip(runs, statistics, strict=True):
-        dead = (run.idle >= run.sae.recipe.dead_after_tokens).float().mean()
+        dead = run.ranks.sum((run.idle >= run.sae.recipe.dead_after_tokens).float().mean()) / run.ranks.world
         found.append(torch.stack([s.loss, s.mse, s.l0, run.window_l0 / window, dead, variance]))
         run.window_l0.zero_()
     return [
@@ -230,58 +240,21 @@ def _measure(
     ]
 
 
-def normalisation(store: Store, site: str, recipe: Recipe) -> tuple[float, Float64[Tensor, " d_model"]]:
-    """C, by which the recipe has activations divided, and the mean of x / C over the store.
-
-    Raises ValueError if the store has no such site, ActstoreError if its statistics are missing or of no use.
-    """
-    stats = store.stats(site)
-    if not (stats.mean_sq_norm > 0 and math.isfinite(stats.mean_sq_norm)):
-        raise ActstoreError(
-            f"the mean squared norm of {site} is {stats.mean_sq_norm}, expected a positive number. "
-            "Look for NaN or infinite activations with `actstore info`."
-        )
-    scale = recipe.scale(stats.mean_sq_norm, len(stats.mean))
-    return scale, torch.from_numpy(stats.mean / scale)
-
-
 SAMPLE_ELEMENTS = 1 << 24
 """Pre-activations at most, of the sample that a recipe's `init_l0` reads: what `torch.quantile` takes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """What SAEs are trained on: a site of a store, for transcoders with the site that they reconstruct."""
-
-    store: Store
-    site: str
-    target: str | None
-    batch_size: int
-    seed: int
-    """Of the order of the batches."""
-
-    def open(self) -> Any:
-        """Its `ActivationDataset`; ValueError for sites or a batch size that the store can't serve."""
-        sites = self.site if self.target is None else (self.site, self.target)
-        return actstore.ActivationDataset(self.store, sites=sites, batch_size=self.batch_size, seed=self.seed)
-
-    def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
-        """Batch after batch and epoch after epoch."""
-        for batch in endless(data):
-            yield batch if self.target is None else (batch[self.site], batch[self.target])
-
-
-def _start_all(stream: Stream, specs: Sequence[SAESpec], *, steps: int, device: str) -> tuple[list[Run], float, float]:
-    """The runs before their first step, and the scales of what they read and of what they reconstruct."""
+def _start_all(
+    stream: Stream, specs: Sequence[SAESpec], deal: Deal, *, steps: int, device: str, ranks: Ranks
+) -> tuple[list[Run], float, float]:
+    """This process' runs before their first step, and the scales of what they read and of what they reconstruct."""
     scale, mean = normalisation(stream.store, stream.site, specs[0].recipe)
     target_scale, target_mean = normalisation(stream.store, stream.target or stream.site, specs[0].recipe)
-    sizes: dict[str, Any] = {"d_out": None if stream.target is None else len(target_mean), "sample": None}
+    sizes: dict[str, Any] = {"d_out": None if stream.target is None else len(target_mean), "ranks": ranks}
+    rows = stream.first_rows() if any(spec.recipe.init_l0 is not None for spec in specs) else None
     runs: list[Run] = []
-    for spec in specs:
-        if spec.recipe.init_l0 is not None:
-            with stream.open() as data:
-                first = next(stream.batches(data))
-            rows = first[0] if isinstance(first, tuple) else first
+    for spec in deal.mine(specs):
+        if rows is not None:
             sizes["sample"] = rows[: max(1, SAMPLE_ELEMENTS // spec.d_sae)].float() / scale
         sae = init_sae(len(mean), spec.d_sae, spec.recipe, seed=spec.seed, mean=target_mean, device=device, **sizes)
         runs.append(start(spec.name, sae, steps))
@@ -296,38 +269,50 @@ def train_site(
     folders: Mapping[str, Path],
     checkpoints: Path,
     progress: Progress,
+    dealt: bool = False,
 ) -> list[TrainResult]:
     """Train the SAEs of `specs` on one stream, each into its folder (by name), from the newest of `checkpoints`.
 
-    Raises ValueError for what the store can't serve and MismatchError if the checkpoint is of another run.
+    The processes of a process group share each SAE, or, with `dealt`, have SAEs of their own; all return all results.
+    Raises ValueError for what store or processes can't serve and MismatchError if the checkpoint is of another run.
     """
+    ranks = current()
+    deal = Deal(tuple(spec.name for spec in specs), ranks if dealt else ALONE)
+    sharing = ALONE if dealt else ranks
+    check_deal(deal.ranks, len(specs))
+    for spec in specs:
+        check_sharding(sharing, spec)
     settings = settings_of(config, stream, specs)
-    found = checkpoint.latest(checkpoints, settings) if config.resume else None
-    runs, scale, target_scale = _start_all(stream, specs, steps=config.steps, device=config.device)
-    at, spent = Position(), 0.0
+    found = checkpoint.latest(checkpoints, settings, ranks) if config.resume else None
+    common: Any = {"steps": config.steps, "device": config.device, "ranks": sharing}
+    runs, scale, target_scale = _start_all(stream, specs, deal, **common)
+    at, spent, shards = Position(), 0.0, sharing.world
     with ExitStack() as stack:
         data = stack.enter_context(stream.open())
         if found:
             place = checkpoint.place(checkpoints, found.step)
             for run in runs:
-                checkpoint.restore(place, run.name, run.state)
+                checkpoint.restore(place, run.name, run.state, shards=found.shards, ranks=sharing)
             data.load_state_dict(found.loader)
             at, spent = Position(found.step, found.rows, place), found.seconds
-        else:
+            shards = found.shards if found.step == config.steps else shards
+        elif ranks.lead:
             shutil.rmtree(checkpoints, ignore_errors=True)
         files: dict[str, io.FileIO] = {}
-        for name, folder in folders.items():
+        for name, folder in folders.items() if ranks.lead else ():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CONFIG).unlink(missing_ok=True)
             files[name] = stack.enter_context(open_metrics(folder / METRICS, found.metrics[name] if found else 0))
-        watch = stack.enter_context(watching(config, stream.site, list(files), settings, at.step))
+        seen = config if ranks.lead else replace(config, wandb=None, tensorboard=None)
+        watch = stack.enter_context(watching(seen, stream.site, list(files), settings, at.step))
         bar = progress.step(f"train {stream.site}", total=config.steps * stream.batch_size, unit="rows")
         bar.skip(at.rows)
         bar.restart()
         began = time.perf_counter() - spent
 
         def log(metrics: list[Metrics]) -> None:
-            for (name, file), m in zip(files.items(), metrics, strict=True):
+            metrics = of_all(metrics, deal)
+            for (name, file), m in zip(files.items(), metrics, strict=False):
                 file.write((json.dumps(asdict(m)) + "\n").encode())
                 watch(name, m)
             bar.note(note(metrics))
@@ -342,8 +327,10 @@ def train_site(
                 settings=settings,
                 loader=data.state_dict(),
                 metrics={name: file.tell() for name, file in files.items()},
+                shards=sharing.world,
             )
-            at.checkpoint = checkpoint.save(checkpoints, index, {r.name: r.state for r in runs}, keep=config.keep)
+            states = {run.name: run.state for run in runs}
+            at.checkpoint = checkpoint.save(checkpoints, index, states, keep=config.keep, ranks=ranks)
 
         train_many(
             runs,
@@ -352,6 +339,7 @@ def train_site(
             scale=scale,
             target_scale=target_scale,
             position=at,
+            deal=deal,
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
             on_log=log,
@@ -359,19 +347,31 @@ def train_site(
             on_checkpoint=save,
         )
         seconds = time.perf_counter() - began
-    shared: dict[str, Any] = {"data_seed": stream.seed, "steps": at.step, "rows": at.rows}
-    shared |= {"store": stream.store.fingerprint, "provenance": stream.store.provenance}
+    about: dict[str, Any] = {"data_seed": stream.seed, "steps": at.step, "rows": at.rows}
+    about |= {"store": stream.store.fingerprint, "provenance": stream.store.provenance}
     if stream.target is not None:
-        shared["target"] = {"site": stream.target, "scale": target_scale}
+        about["target"] = {"site": stream.target, "scale": target_scale}
+    final = {spec.name: last_metrics(folders[spec.name] / METRICS) for spec in specs}
+    for spec, run in zip(deal.mine(specs), runs, strict=True) if dealt or ranks.lead else ():
+        sae = run.sae if sharing.world == 1 else _assembled(at.checkpoint, spec, run.sae, shards)
+        facts = {"seed": spec.seed, "final": final[spec.name], **about}
+        save_sae(folders[spec.name], sae, scale=scale, site=stream.site, about=facts)
+    ranks.barrier()
     figures: dict[str, Any] = {"site": stream.site, "scale": scale, "seconds": seconds}
-    results: list[TrainResult] = []
-    for spec, run in zip(specs, runs, strict=True):
-        out = folders[spec.name]
-        final = json.loads((out / METRICS).read_text(encoding="utf-8").splitlines()[-1])
-        about = {"seed": spec.seed, "final": final, **shared}
-        save_sae(out, run.sae, scale=scale, site=stream.site, about=about)
-        results.append(TrainResult(out=str(out), d_sae=spec.d_sae, final=Metrics(**final), **figures))
-    return results
+    return [
+        TrainResult(out=str(folders[spec.name]), d_sae=spec.d_sae, final=Metrics(**final[spec.name]), **figures)
+        for spec in specs
+    ]
+
+
+def _assembled(path: Path | None, spec: SAESpec, shard: SAE, shards: int) -> SAE:
+    """The whole of a shared SAE, on the CPU, from the checkpoint at the end."""
+    assert path is not None
+    d_model, d_out = len(shard.W_enc), shard.W_dec.shape[1]
+    tensors = {name: torch.empty(s) for name, s in shapes(spec.recipe, d_model, spec.d_sae, d_out).items()}
+    state = {f"parameters/{name}": tensor for name, tensor in tensors.items()}
+    checkpoint.restore(path, spec.name, state, shards=shards, whole=False)
+    return sae_of(spec.recipe, tensors)
 
 
 def train_from_store(config: TrainConfig, progress: Progress | None = None) -> TrainResult:

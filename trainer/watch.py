@@ -6,13 +6,16 @@ import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from actstore.errors import ActstoreError
 from trainer.config import RunConfig
+from trainer.parallel import Deal
 
 T = TypeVar("T")
 
@@ -74,6 +77,19 @@ def open_metrics(path: Path, size: int) -> io.FileIO:
     file.truncate(size)
     file.seek(size)
     return file
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last line of a file of metrics."""
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def of_all(metrics: Sequence[Metrics], deal: Deal) -> list[Metrics]:
+    """The metrics of all SAEs on the stream, from those of each process."""
+    table = deal.all(torch.tensor([astuple(m) for m in metrics], dtype=torch.float64))
+    names = [field.name for field in fields(Metrics)]
+    rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
+    return [Metrics(**{**row, "step": int(row["step"]), "rows": int(row["rows"])}) for row in rows]
 
 
 def note(metrics: Sequence[Metrics]) -> str:

@@ -4,6 +4,8 @@ import inspect
 import sys
 
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 from actstore.errors import StreamError
 
@@ -36,3 +38,9 @@ def refuse_accelerate(world: int) -> None:
                 "prepare model and optimizer only, and loop over the dataset or over a DataLoader that is not prepared"
             )
         frame = frame.f_back
+
+
+def in_order(parts: Shaped[Tensor, "world rows d"], streams: int) -> Shaped[Tensor, "batch d"]:
+    """The rows of a batch as one rank of 1 gets them, from what each rank got: rank r has streams r, r + world, ..."""
+    world, rows, d = parts.shape
+    return parts.view(world, streams // world, -1, d).transpose(0, 1).reshape(world * rows, d)
