@@ -1,4 +1,4 @@
-"""The sparse step of a wide JumpReLU SAE on a CPU against the dense one: python benchmarks/trainer_sparse.py [--rounds N].
+"""Wide JumpReLU SAEs on a CPU, the sparse step against the dense: python benchmarks/trainer_sparse.py [--rounds N].
 
 Random rows with E||x||^2 = 1, thresholds at which latents fire as often as Zipf's law with exponent 1/2 says and a
 token has 38 on average, Gemma Scope's recipe. In each round every variant does one whole step (gradients, projection,

@@ -138,7 +138,9 @@ def _update_rows(
         for name in MATRICES:
             moments[name].mul_(recipe.beta2)
     for name in MATRICES:
-        parameters, slopes, seconds = (_by_latent(name, t) for t in (getattr(sae, name), gradients[name], moments[name]))
+        parameters, slopes, seconds = (
+            _by_latent(name, t) for t in (getattr(sae, name), gradients[name], moments[name])
+        )
         size, unit = max(1, CHUNK // parameters.shape[1]), name == "W_dec" and recipe.unit_decoder
         for part, slope, left in zip(rows.split(size), slopes.split(size), decay.split(size), strict=True):
             parameter, second = parameters[part], seconds[part]

@@ -61,9 +61,7 @@ def pays(sae: SAE) -> bool:
     return sae.W_enc.shape[1] >= LEAST_LATENTS
 
 
-def step(
-    sae: SAE, latents: Latents, x: Float[Tensor, "batch d_model"], y: Float[Tensor, "batch d_out"]
-) -> Step | None:
+def step(sae: SAE, latents: Latents, x: Float[Tensor, "batch d_model"], y: Float[Tensor, "batch d_out"]) -> Step | None:
     """The slopes of the squared error and the counts that the prices need, or None if the dense path is to do it."""
     centred = x - sae.b_dec if sae.recipe.pre_bias else x
     found = pairs(sae, latents, centred)
@@ -131,7 +129,7 @@ def _pick(
 
 
 @compiled(inline="always")
-def _matters(value: np.float32, theta: np.float32, half: np.float32) -> bool:
+def _matters(value: np.float32, theta: np.float32, half: np.float32) -> np.bool_:
     """Active, or inside the window, or NaN."""
     return (not value <= theta) | (abs(value - theta) < half)
 
