@@ -3,8 +3,10 @@
 Random rows with E||x||^2 = 1, thresholds at which latents fire as often as Zipf's law with exponent 1/2 says and a
 token has 38 on average, Gemma Scope's recipe. In each round every variant does one whole step (gradients, projection,
 Adam, renormalisation): dense or sparse, float32 or bfloat16 products, Adam or lazy Adam. Ratios are taken within
-rounds, medians are reported. --l0 takes other L0s, for the gradients alone: where sparse stops to pay. --memory
-prints what a step holds at width 2^20 and runs nothing. Writes trainer_sparse.json.
+rounds, medians are reported, of the clock's seconds and of the processors'. One thread unless --threads says more: on
+a machine that others use, threads that wait for each other at every product measure the others. --l0 takes other L0s,
+for the gradients alone: where sparse stops to pay. --memory prints what a step holds at width 2^20 and runs nothing.
+Writes trainer_sparse.json.
 """
 
 import argparse
@@ -52,16 +54,18 @@ def path(taken: str) -> Iterator[None]:
     sparse.LEAST_LATENTS, sparse.MOST_KEPT = before
 
 
-def timed(sae: JumpReLUSAE, x: torch.Tensor, moments: dict[str, torch.Tensor] | None, step: int, name: str) -> float:
-    """Seconds of one step, or of its gradients alone without moments."""
+def timed(
+    sae: JumpReLUSAE, x: torch.Tensor, moments: dict[str, torch.Tensor] | None, step: int, name: str
+) -> dict[str, float]:
+    """Seconds, on the clock and of all processors, of one step, or of its gradients alone without moments."""
     taken, compute, adam = name.split()
     sae.recipe = dataclasses.replace(sae.recipe, compute=compute, lazy_adam=adam == "lazy")
     with path(taken):
-        began = time.perf_counter()
+        began, before = time.perf_counter(), time.process_time()
         gradients, _ = sae.loss_and_gradients(x, 1e-3)
         if moments is not None:
             update(sae, gradients, moments, step=step, rate=1e-7, recipe=sae.recipe)
-        return time.perf_counter() - began
+        return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - before}
 
 
 def measure(shape: tuple[int, int, int], l0: float, rounds: int, *, whole: bool) -> dict[str, Any]:
@@ -81,8 +85,9 @@ def measure(shape: tuple[int, int, int], l0: float, rounds: int, *, whole: bool)
     out["touched latents"] = float((found.fired > 0).float().mean())
     for n in names:
         base = f"dense {n.split()[1]} adam"
-        ratio = statistics.median(r[base] / r[n] for r in seconds[1:])
-        out[n] = {"seconds": statistics.median(r[n] for r in seconds[1:]), "dense takes, times as long": ratio}
+        out[n] = {unit: statistics.median(r[n][unit] for r in seconds[1:]) for unit in ("seconds", "cpu")}
+        for unit in ("seconds", "cpu"):
+            out[n][f"dense over this, {unit}"] = statistics.median(r[base][unit] / r[n][unit] for r in seconds[1:])
         print(*shape, f"L0 {out['L0']:.0f}", n, {k: float(f"{v:.3g}") for k, v in out[n].items()}, flush=True)
     return out
 
@@ -109,12 +114,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--l0", type=float, nargs="*", default=())
     parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     if args.memory:
         for what, line in memory().items():
             print("|", what, "|", " | ".join(f"{v:.3g}" for v in line.values()), "|")
         return
+    torch.set_num_threads(args.threads)
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
     known |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds}
     for shape in (SHAPES[i] for i in args.shapes):

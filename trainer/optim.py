@@ -23,8 +23,8 @@ UPDATES = "updates"
 """Lazy Adam: the number of updates that the second moments of each latent's rows have been brought up to, [d_sae]."""
 MATRICES = ("W_enc", "W_dec")
 """The parameters that have a row for each latent, W_enc when seen with the latents along the first axis."""
-CHUNK = 1 << 18
-"""Elements of a matrix's rows that are updated at a time, so that they stay in cache: 1 MiB of float32."""
+CHUNK = 1 << 16
+"""Elements of a matrix's rows that are updated at a time, so that they stay in cache: 256 KiB of float32."""
 
 
 def second_moments(sae: SAE) -> dict[str, Tensor]:
@@ -143,13 +143,14 @@ def _update_rows(
         )
         size, unit = max(1, CHUNK // parameters.shape[1]), name == "W_dec" and recipe.unit_decoder
         for part, slope, left in zip(rows.split(size), slopes.split(size), decay.split(size), strict=True):
-            parameter, second = parameters[part], seconds[part]
+            parameter, second = parameters.index_select(0, part), seconds.index_select(0, part)
             if unit:
                 project(parameter, slope)
             _adam(parameter, slope, second, None, step, rate, recipe, left[:, None])
             if unit:
                 unit_rows(parameter)
-            parameters[part], seconds[part] = parameter, second
+            parameters.index_copy_(0, part, parameter)  # twice as fast as indexing
+            seconds.index_copy_(0, part, second)
 
 
 def _decay(updates: Int[Tensor, " latents"], recipe: Recipe) -> Float[Tensor, " latents"]:

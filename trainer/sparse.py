@@ -149,16 +149,17 @@ def _hits(
 ) -> None:
     width = z.shape[1]
     for i in range(first, last):
-        row, n = z[i], 0
+        n = 0
         for a in range(0, width, STRIDE):
             b, found = min(a + STRIDE, width), np.int32(0)
-            for j in range(a, b):
-                found += np.int32(_matters(pre_activation(row[j], bias[j], floor), theta[j], half))
+            row, c, t = z[i, a:b], bias[a:b], theta[a:b]  # indices from 0 on let LLVM use vectors
+            for j in range(b - a):
+                found += np.int32(_matters(pre_activation(row[j], c[j], floor), t[j], half))
             if found:
-                for j in range(a, b):
-                    value = pre_activation(row[j], bias[j], floor)
-                    if _matters(value, theta[j], half):
-                        slots[i, n], values[i, n] = j, value
+                for j in range(b - a):
+                    value = pre_activation(row[j], c[j], floor)
+                    if _matters(value, t[j], half):
+                        slots[i, n], values[i, n] = a + j, value
                         n += 1
         count[i] = n
 
