@@ -49,7 +49,8 @@ def wide(d: int, w: int, l0: float) -> JumpReLUSAE:
 def path(taken: str) -> Iterator[None]:
     """Take the dense path, or the sparse one however many pairs there are."""
     before = sparse.LEAST_LATENTS, sparse.MOST_KEPT
-    sparse.LEAST_LATENTS, sparse.MOST_KEPT = (1 << 60 if taken == "dense" else 1), 1
+    sparse.LEAST_LATENTS = 1 << 60 if taken == "dense" else 1
+    sparse.MOST_KEPT = dict.fromkeys(COMPUTE, 1)
     yield
     sparse.LEAST_LATENTS, sparse.MOST_KEPT = before
 

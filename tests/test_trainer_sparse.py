@@ -26,7 +26,11 @@ def small(monkeypatch):
     monkeypatch.setattr("trainer.parts.TILE_ELEMENTS", 1024)
     monkeypatch.setattr("trainer.parts.BFLOAT16_TILES", 1)
     monkeypatch.setattr(sparse, "LEAST_LATENTS", 1)
-    monkeypatch.setattr(sparse, "MOST_KEPT", 1 / 3)
+    keep_up_to(monkeypatch, 1 / 3)
+
+
+def keep_up_to(monkeypatch, share):
+    monkeypatch.setattr(sparse, "MOST_KEPT", dict.fromkeys(sparse.MOST_KEPT, share))
 
 
 def random_sae(recipe=BASE, d=D, w=W, d_out=None, seed=0):
@@ -85,7 +89,7 @@ def cases(draw):
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_sparse_is_dense_is_the_reference(case, monkeypatch):
-    monkeypatch.setattr(sparse, "MOST_KEPT", 1)
+    keep_up_to(monkeypatch, 1)
     change, sizes, n, seed = case
     recipe = dataclasses.replace(BASE, **change)
     sae, x = random_sae(recipe, **sizes, seed=seed), batch(n, sizes["d"], seed)
@@ -108,7 +112,7 @@ def test_sparse_is_dense_is_the_reference(case, monkeypatch):
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_comparisons_are_strict(compute):
+def test_comparisons_are_strict(compute, monkeypatch):
     """z of 0.5 to 1.75, theta 1, window (0.5, 1.5): exact in either precision."""
     change = {"log_threshold": False, "bandwidth": 1.0, "threshold_init": 1.0, "compute": compute, "pre_bias": False}
     recipe = dataclasses.replace(BASE, **change)
@@ -117,7 +121,7 @@ def test_comparisons_are_strict(compute):
     x = torch.tensor([[z, 0.0] for z in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)])
     step = sparse.step(sae, sae._latents(), x, x)
     assert step is None  # more than a third
-    sparse.MOST_KEPT = 1  # the fixture restores it
+    keep_up_to(monkeypatch, 1)
     step = sparse.step(sae, sae._latents(), x, x)
     assert step.fired.tolist() == [3] and step.near.tolist() == [3]
     found, wanted = sae.loss_and_gradients(x, 1e6)[0], dense(sae, x, 1e6)[0]
