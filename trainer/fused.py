@@ -9,9 +9,9 @@ import inspect
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -34,12 +34,21 @@ class Latents(NamedTuple):
     """Half the bandwidth."""
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """A numba kernel without the GIL; tests wrap the functions of this package, and numba wants what is inside."""
-    return numba.njit(nogil=True, cache=True)(inspect.unwrap(function))
+    if function is None:
+        return partial(compiled, **options)
+    return numba.njit(nogil=True, cache=True, **options)(inspect.unwrap(function))
 
 
-@_compiled
+@compiled(inline="always")
+def pre_activation(bits: Any, bias: np.float32, floor: np.float32) -> np.float32:
+    """The encoder's product, as bits of bfloat16 or float32, plus its bias, at least `floor`; NaN stays NaN."""
+    raw = np.float32(wide(bits)) + bias
+    return floor if raw < floor else raw  # noqa: FURB136  numba vectorises this one, and max drops NaN
+
+
+@compiled
 def _forward(
     z: NDArray[np.uint16],
     f: NDArray[np.uint16],
@@ -55,14 +64,13 @@ def _forward(
     for i in range(z.shape[0]):
         z_row, f_row = z[i, first:last], f[i, first:last]
         for j in range(last - first):
-            raw = np.float32(wide(z_row[j])) + b[j]
-            value = raw if raw > floor else floor  # noqa: FURB136  numba vectorises this one
+            value = pre_activation(z_row[j], b[j], floor)
             on = value > t[j]
             count[j] += one if on else zero
-            f_row[j] = bf16_bits(value if on else zero)
+            f_row[j] = bf16_bits(zero if value <= t[j] else value)  # NaN stays, and shows in the loss
 
 
-@_compiled
+@compiled
 def _backward(
     z: NDArray[np.uint16],
     df: NDArray[np.uint16],
@@ -80,8 +88,7 @@ def _backward(
     for i in range(z.shape[0]):
         z_row, df_row = z[i, first:last], df[i, first:last]
         for j in range(last - first):
-            raw = np.float32(wide(z_row[j])) + b[j]
-            value = raw if raw > floor else floor  # noqa: FURB136  numba vectorises this one
+            value = pre_activation(z_row[j], b[j], floor)
             slope = np.float32(wide(df_row[j]))
             inside, on = abs(value - t[j]) < half, value > t[j]
             near[j] += one if inside else zero
@@ -95,8 +102,9 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), thread_name_prefix="fused")
 
 
-def _bits(t: Tensor) -> NDArray[np.uint16]:
-    return t.view(torch.uint16).numpy()
+def bits(t: Tensor) -> NDArray[np.uint16] | NDArray[np.uint32]:
+    """The bits of bfloat16 or float32, not copied."""
+    return t.view(torch.uint16 if t.dtype == torch.bfloat16 else torch.uint32).numpy()
 
 
 def forward(
@@ -105,8 +113,8 @@ def forward(
     """Features (bfloat16) of `z + b_enc`, z the encoder's product (bfloat16); adds to `fired` how often each fired."""
     f = torch.empty_like(z)
     floor = np.float32(0 if latents.relu else -np.inf)
-    arguments = (_bits(z), _bits(f), latents.b_enc.numpy(), latents.theta.numpy(), floor, fired.numpy())
-    _each(lambda a, b: _forward(*arguments, a, b), z.shape[1])
+    arguments = (bits(z), bits(f), latents.b_enc.numpy(), latents.theta.numpy(), floor, fired.numpy())
+    each(lambda a, b: _forward(*arguments, a, b), z.shape[1])
     return f
 
 
@@ -118,14 +126,14 @@ def backward(
 ) -> None:
     """Turn `df` into dz in place, both bfloat16; adds to `sums`: latents near their threshold, df over those, dz."""
     floor = np.float32(0 if latents.relu else -np.inf)
-    arguments = (_bits(z), _bits(df), latents.b_enc.numpy(), latents.theta.numpy(), floor, np.float32(latents.half))
-    _each(lambda a, b: _backward(*arguments, sums.numpy(), a, b), z.shape[1])
+    arguments = (bits(z), bits(df), latents.b_enc.numpy(), latents.theta.numpy(), floor, np.float32(latents.half))
+    each(lambda a, b: _backward(*arguments, sums.numpy(), a, b), z.shape[1])
 
 
-def _each(work: Callable[[int, int], object], d_sae: int) -> None:
-    """Run `work(first, last)` on bands of latents, one for each of torch's threads, this one among them."""
+def each(work: Callable[[int, int], object], n: int) -> None:
+    """Run `work(first, last)` on bands of n latents or tokens, one for each of torch's threads, this one among them."""
     threads = torch.get_num_threads()
-    edges = [d_sae * i // threads for i in range(threads + 1)]
+    edges = [n * i // threads for i in range(threads + 1)]
     others = [_threads().submit(work, a, b) for a, b in pairwise(edges[1:])]
     work(edges[0], edges[1])
     for other in others:

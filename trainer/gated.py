@@ -64,9 +64,9 @@ class GatedSAE:
         del x
         return torch.addmm(self.b_dec, f, self.W_dec)
 
-    def constrain(self) -> None:
+    def constrain(self, *, decoder: bool = True) -> None:
         """Bring the decoder's rows back to length 1."""
-        if self.recipe.unit_decoder:
+        if decoder and self.recipe.unit_decoder:
             unit_rows(self.W_dec)
 
     def loss_and_gradients(
@@ -103,7 +103,7 @@ class GatedSAE:
             open_ += over.sum(0)
             d_gate = times(left, W_dec.T).add_(norms * (coefficient / 2)).mul_(gate)
             grad["b_gate"] += d_gate.sum(0)
-            accumulate(grad["W_enc"], centred, d_gate.addcmul_(d_mag, stretch), W_enc)
+            accumulate(grad["W_enc"].T, d_gate.addcmul_(d_mag, stretch), centred, W_enc)
         grad["W_dec"] += (coefficient / 2 * open_ / norms)[:, None] * self.W_dec
         for slope in grad.values():
             slope.mul_(2 / batch)

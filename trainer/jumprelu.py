@@ -13,13 +13,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trainer import fused
+from trainer import fused, sparse
 from trainer.parallel import ALONE, Ranks
 from trainer.parts import (
+    ROWS,
     Decoded,
     StepStatistics,
     accumulate,
     affine,
+    by_columns,
     copies,
     decoder_backward,
     decoder_forward,
@@ -119,9 +121,9 @@ class JumpReLUSAE:
             raise ValueError("this transcoder has a skip connection: decode needs x as well as f")
         return xhat.addmm_(x, self.W_skip)
 
-    def constrain(self) -> None:
+    def constrain(self, *, decoder: bool = True) -> None:
         """Bring the parameters back to where they must be after an update: unit decoder rows, theta >= 0."""
-        if self.recipe.unit_decoder:
+        if decoder and self.recipe.unit_decoder:
             unit_rows(self.W_dec)
         if not self.recipe.log_threshold:
             self.threshold.clamp_(min=0)
@@ -133,23 +135,27 @@ class JumpReLUSAE:
         dead: Bool[Tensor, " d_sae"] | None = None,
         y: Float[Tensor, "batch d_out"] | None = None,
     ) -> tuple[dict[str, Tensor], StepStatistics]:
-        """One step's gradients, by parameter name, and statistics.
+        """One step's gradients, by parameter name, and statistics; of a wide SAE those of the latents in ROWS alone.
 
         `coefficient` is lambda at this step; `dead` marks the latents to revive, if the recipe revives any; `y` is
         what a transcoder reconstructs (None: x). Of ranks that share the SAE all take the same batch; loss, L0 and the
         gradients of what no latent owns are then the same on all.
         """
         batch, recipe, theta = len(x), self.recipe, self.theta
-        norms = None if recipe.unit_decoder else torch.linalg.vector_norm(self.W_dec, dim=1)
-        grad = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        plain = self._plain(x)
+        norms = None if recipe.unit_decoder or plain else torch.linalg.vector_norm(self.W_dec, dim=1)
         sums = _Sums(
             *(torch.zeros_like(theta) for _ in range(6)), *(torch.zeros((), device=x.device) for _ in range(3))
         )
         counts = None
-        if self._fusible(x):
-            self._fused_pass(grad, sums, x, y)
-        else:
-            counts = self._pass(_Weights(*copies(self), theta, norms), grad, sums, x, y, coefficient)
+        grad = self._sparse_pass(sums, x, y) if plain and sparse.pays(self) else None
+        if grad is None:
+            grad = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+            if plain and recipe.compute == "bfloat16":
+                self._fused_pass(grad, sums, x, y)
+            else:
+                counts = self._pass(_Weights(*copies(self), theta, norms), grad, sums, x, y, coefficient)
+        rows = grad.pop(ROWS, None)
         fired, near, priced = sums.fired, sums.near, sums.priced
         for slope in grad.values():
             slope.mul_(2 / batch)
@@ -175,6 +181,8 @@ class JumpReLUSAE:
             revival = recipe.revival * ((theta - self.b_enc) * dead).sum()
         grad["threshold"] = d_theta * theta if recipe.log_threshold else d_theta
         self._add_up(grad, [sums.squares, sums.penalty, frequent, revival])
+        if rows is not None:
+            grad[ROWS] = rows
         mse = sums.squares / batch
         sparsity = sums.penalty / batch
         if recipe.sparsity_loss == "l0":
@@ -265,7 +273,7 @@ class JumpReLUSAE:
         for more in (under, through):
             if more is not None:
                 dz += more
-        accumulate(grad["W_enc"], centred, dz, W_enc)
+        accumulate(grad["W_enc"].T, dz, centred, W_enc)
         grad["b_enc"] += dz.sum(0)
 
     def _add_up(self, grad: dict[str, Tensor], scalars: list[Tensor]) -> None:
@@ -290,13 +298,25 @@ class JumpReLUSAE:
         sums.below.add_(under.sum(0))
         return under.mul_(-0.5)
 
-    def _fusible(self, x: Float[Tensor, "batch d_model"]) -> bool:
-        """Whether `trainer.fused` has this recipe's pointwise work."""
+    def _plain(self, x: Float[Tensor, "batch d_model"]) -> bool:
+        """Whether latents are priced by counts alone, by one process on a CPU: what `fused` and `sparse` can do."""
         r = self.recipe
-        plain = r.sparsity_loss == "l0" and r.prefixes == 1 and not r.pre_act_coefficient and not r.estimate_inputs
-        return (
-            plain and r.compute == "bfloat16" and self.W_skip is None and x.device.type == "cpu" and self.ranks == ALONE
-        )
+        counts = r.sparsity_loss == "l0" and r.prefixes == 1 and not r.pre_act_coefficient and not r.estimate_inputs
+        return counts and self.W_skip is None and x.device.type == "cpu" and self.ranks == ALONE
+
+    def _latents(self) -> fused.Latents:
+        return fused.Latents(self.b_enc, self.theta, self.recipe.relu_before_jump, self.recipe.bandwidth / 2)
+
+    def _sparse_pass(
+        self, sums: _Sums, x: Float[Tensor, "batch d_model"], y: Float[Tensor, "batch d_out"] | None
+    ) -> dict[str, Tensor] | None:
+        """`_pass` over the pairs of token and latent that matter; None, and nothing done, if they are too many."""
+        step = sparse.step(self, self._latents(), x, x if y is None else y)
+        if step is None:
+            return None
+        for name in ("fired", "near", "near_df", "squares"):
+            getattr(sums, name).add_(getattr(step, name))
+        return step.gradients
 
     def _fused_pass(
         self,
@@ -307,11 +327,11 @@ class JumpReLUSAE:
     ) -> None:
         """`_pass` with bfloat16 from product to product and one sweep each way over the pre-activations."""
         W_enc, W_dec = copies(self)
-        latents = fused.Latents(self.b_enc, self.theta, self.recipe.relu_before_jump, self.recipe.bandwidth / 2)
+        latents = self._latents()
         three = torch.zeros(3, len(self.b_enc))
         for tile, target in tiles(self, x, y):
             centred = (tile - self.b_dec if self.recipe.pre_bias else tile).bfloat16()
-            z = centred @ W_enc
+            z = by_columns(lambda block, centred=centred: centred @ W_enc[:, block], W_enc)
             f = fused.forward(z, latents, sums.fired)
             residual = (f @ W_dec).float().add_(self.b_dec).sub_(target)
             sums.squares.add_(residual.square().sum())
@@ -320,7 +340,7 @@ class JumpReLUSAE:
             grad["W_dec"] += f.T @ narrow
             df = narrow @ W_dec.T
             fused.backward(z, df, latents, three)
-            grad["W_enc"] += centred.T @ df
+            grad["W_enc"].T.add_(df.T @ centred)
         sums.near.add_(three[0])
         sums.near_df.add_(three[1])
         grad["b_enc"] += three[2]
@@ -336,5 +356,5 @@ class JumpReLUSAE:
     def _pre_activations(
         self, centred: Float[Tensor, "batch d_model"], W_enc: Float[Tensor, "d_model d_sae"]
     ) -> Float[Tensor, "batch d_sae"]:
-        z = affine(self.b_enc, centred, W_enc)
+        z = by_columns(lambda block: affine(self.b_enc[block], centred, W_enc[:, block]), W_enc)
         return z.relu_() if self.recipe.relu_before_jump else z

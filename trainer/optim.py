@@ -4,22 +4,28 @@ The order is the published one (arXiv 2408.05147, section 3.2): remove from each
 the row, take the Adam step, bring the rows back to unit length. With beta1 = 0 the first moment is the gradient, so
 it is not stored: 8 bytes per parameter instead of 12.
 
-With beta1 = 0 a latent without a gradient does not move either, and its second moments only decay. `lazy_adam` leaves
-such latents alone and multiplies beta2^n in when they next have a gradient, n the updates missed.
+With beta1 = 0 a latent without a gradient does not move either, and its second moments only decay. So where it is
+known which latents have one (`trainer.parts.ROWS`), only their rows are updated, and the other moments multiplied by
+beta2. `lazy_adam` leaves those alone too and multiplies beta2^n in when the latent next has a gradient, n the updates
+missed. The vectors are small and always updated whole.
 """
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trainer.parallel import ALONE, LATENT_AXIS, Ranks
-from trainer.parts import SAE
+from trainer.parts import ROWS, SAE, unit_rows
 from trainer.recipe import Recipe
 
 FIRST = "first."
 """What the names of first moments begin with, if there are any."""
 UPDATES = "updates"
-"""Lazy Adam: the number of updates that each latent's second moments have been brought up to, [d_sae]."""
+"""Lazy Adam: the number of updates that the second moments of each latent's rows have been brought up to, [d_sae]."""
+MATRICES = ("W_enc", "W_dec")
+"""The parameters that have a row for each latent, W_enc when seen with the latents along the first axis."""
+CHUNK = 1 << 16
+"""Elements of a matrix's rows that are updated at a time, so that they stay in cache: 256 KiB of float32."""
 
 
 def second_moments(sae: SAE) -> dict[str, Tensor]:
@@ -63,65 +69,99 @@ def update(
 
     `ranks` are the processes that share the SAE.
     """
+    if recipe.beta1 and ROWS in gradients:
+        gradients = spread(sae, gradients)
+    rows = gradients.pop(ROWS, None)
     if recipe.clip_norm is not None:
         clip(gradients, recipe.clip_norm, ranks)
-    if recipe.unit_decoder:
+    if rows is None and recipe.lazy_adam:
+        rows = touched(gradients).nonzero().squeeze(1)
+        gradients |= {name: _by_latent(name, gradients[name])[rows] for name in MATRICES}
+        gradients["W_enc"] = gradients["W_enc"].T
+    if rows is None and recipe.unit_decoder:
         project(sae.W_dec, gradients["W_dec"])
-    if recipe.lazy_adam:
-        _update_touched(sae, gradients, moments, step=step, rate=rate, recipe=recipe)
-    else:
-        for name, parameter in sae.parameters.items():
-            _adam(parameter, gradients[name], moments[name], moments.get(FIRST + name), step, rate, recipe)
-    sae.constrain()
+    for name, parameter in sae.parameters.items():
+        if rows is None or name not in MATRICES:
+            first = moments.get(FIRST + name)
+            _adam(parameter, gradients[name], moments[name], first, step, rate, recipe, recipe.beta2)
+    if rows is not None:
+        _update_rows(sae, gradients, moments, rows, step=step, rate=rate, recipe=recipe)
+    sae.constrain(decoder=rows is None)
 
 
 def _adam(
-    parameter: Tensor, gradient: Tensor, second: Tensor, first: Tensor | None, step: int, rate: float, recipe: Recipe
+    parameter: Tensor,
+    gradient: Tensor,
+    second: Tensor,
+    first: Tensor | None,
+    step: int,
+    rate: float,
+    recipe: Recipe,
+    decay: float | Tensor,
 ) -> None:
-    """Adam's update of one tensor, or of part of one, in place."""
-    second.mul_(recipe.beta2).addcmul_(gradient, gradient, value=1 - recipe.beta2)
+    """Adam's update of one tensor, or of part of one, in place; `decay` is what the second moments still decay by."""
+    second.mul_(decay).addcmul_(gradient, gradient, value=1 - recipe.beta2)
     scale = (second / (1 - recipe.beta2 ** (step + 1))).sqrt_().add_(recipe.adam_eps)
     if first is not None:
         gradient = first.lerp_(gradient, 1 - recipe.beta1) / (1 - recipe.beta1 ** (step + 1))
     parameter.addcdiv_(gradient, scale, value=-rate)
 
 
-def _latents(sae: SAE, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the tensors that belong to latents, seen with the latents along the first axis."""
-    seen = {name: tensors[name] for name in sae.parameters if name not in {"W_enc", "b_dec", "W_skip"}}
-    return {**seen, "W_enc": tensors["W_enc"].T}
+def _by_latent(name: str, matrix: Tensor) -> Float[Tensor, "latents d"]:
+    return matrix.T if name == "W_enc" else matrix
 
 
-def touched(sae: SAE, gradients: dict[str, Tensor]) -> Bool[Tensor, " d_sae"]:
-    """The latents that have a gradient that is not zero."""
-    marks = [(g != 0).flatten(1).any(1) if g.dim() > 1 else g != 0 for g in _latents(sae, gradients).values()]
-    return torch.stack(marks).any(0)
+def touched(gradients: dict[str, Tensor]) -> Bool[Tensor, " d_sae"]:
+    """The latents whose rows have a gradient that is not zero."""
+    largest = [torch.linalg.vector_norm(_by_latent(n, gradients[n]), ord=torch.inf, dim=1) for n in MATRICES]
+    return (largest[0] != 0) | (largest[1] != 0)
 
 
-def _update_touched(
-    sae: SAE, gradients: dict[str, Tensor], moments: dict[str, Tensor], *, step: int, rate: float, recipe: Recipe
+def spread(sae: SAE, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients with zeros in place of the rows that they do not have; those that have all as they are."""
+    if ROWS not in gradients:
+        return gradients
+    whole = {name: slope for name, slope in gradients.items() if name != ROWS}
+    for name in MATRICES:
+        whole[name] = torch.zeros_like(getattr(sae, name))
+        _by_latent(name, whole[name])[gradients[ROWS]] = _by_latent(name, gradients[name])
+    return whole
+
+
+def _update_rows(
+    sae: SAE,
+    gradients: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    rows: Int[Tensor, " touched"],
+    *,
+    step: int,
+    rate: float,
+    recipe: Recipe,
 ) -> None:
-    rows = touched(sae, gradients).nonzero().squeeze(1)
-    decay = _missed(moments[UPDATES][rows], step, recipe)
-    parameters, slopes, seconds = (_latents(sae, t) for t in (sae.parameters, gradients, moments))
-    for name, parameter in parameters.items():
-        part, second = parameter[rows], seconds[name][rows]
-        second *= decay if second.dim() == 1 else decay[:, None]
-        _adam(part, slopes[name][rows], second, None, step, rate, recipe)
-        parameter[rows], seconds[name][rows] = part, second
-    moments[UPDATES][rows] = step + 1
-    for name in sae.parameters.keys() - parameters.keys():
-        _adam(sae.parameters[name], gradients[name], moments[name], None, step, rate, recipe)
+    """Projection, Adam and renormalisation of some latents' rows, which `gradients` are for."""
+    if recipe.lazy_adam:
+        decay = _decay(step + 1 - moments[UPDATES][rows], recipe)
+        moments[UPDATES][rows] = step + 1
+    else:
+        decay = torch.ones(len(rows), device=rows.device)
+        for name in MATRICES:
+            moments[name].mul_(recipe.beta2)
+    for name in MATRICES:
+        parameters, slopes, seconds = (
+            _by_latent(name, t) for t in (getattr(sae, name), gradients[name], moments[name])
+        )
+        size, unit = max(1, CHUNK // parameters.shape[1]), name == "W_dec" and recipe.unit_decoder
+        for part, slope, left in zip(rows.split(size), slopes.split(size), decay.split(size), strict=True):
+            parameter, second = parameters.index_select(0, part), seconds.index_select(0, part)
+            if unit:
+                project(parameter, slope)
+            _adam(parameter, slope, second, None, step, rate, recipe, left[:, None])
+            if unit:
+                unit_rows(parameter)
+            parameters.index_copy_(0, part, parameter)  # twice as fast as indexing
+            seconds.index_copy_(0, part, second)
 
 
-def _missed(done: Int[Tensor, " latents"], step: int, recipe: Recipe) -> Tensor:
-    """beta2 to the power of the updates missed between `done` and `step`."""
-    return torch.pow(torch.tensor(recipe.beta2, dtype=torch.float64, device=done.device), step - done).float()
-
-
-def settle(sae: SAE, moments: dict[str, Tensor], *, steps: int, recipe: Recipe) -> None:
-    """Bring lazy second moments up to `steps` updates, in place, so that they are those of dense Adam."""
-    decay = _missed(moments[UPDATES], steps, recipe)
-    for second in _latents(sae, moments).values():
-        second *= decay if second.dim() == 1 else decay[:, None]
-    moments[UPDATES].fill_(steps)
+def _decay(updates: Int[Tensor, " latents"], recipe: Recipe) -> Float[Tensor, " latents"]:
+    """beta2 to the power of the updates."""
+    return torch.pow(torch.tensor(recipe.beta2, dtype=torch.float64, device=updates.device), updates).float()

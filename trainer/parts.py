@@ -8,7 +8,7 @@ architecture brings its own backward; `trainer/reference.py` has the equations, 
 Inside a step, slopes are those of batch * loss / 2, so that the squared error's is the residual itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -19,10 +19,18 @@ from torch import Tensor
 from trainer.recipe import Recipe
 
 TILE_ELEMENTS = 1 << 20
-"""Pre-activations per tile on a CPU: 4 MiB of float32. On a GPU the batch is one tile."""
+"""Pre-activations per tile, or per block of a wide tile, on a CPU: 4 MiB of float32. On a GPU the batch is one."""
+BLOCK = 1 << 12
+"""Latents per block of the encoder's product on a CPU. A tile of a wider SAE has as many rows as if it were as wide as
+this: with fewer, a step would read the weights from memory too often for too few rows."""
 BFLOAT16_TILES = 4
 """Tiles are this many times larger with bfloat16 copies: fewer, longer sums of the weights' gradients, each of which
 is rounded to bfloat16 before it is added in float32."""
+
+
+ROWS = "rows"
+"""Beside gradients: which latents those of W_enc [d_model, touched] and W_dec [touched, d_out] are for, [touched],
+ascending. The others have none. If it is absent they are for all."""
 
 
 class StepStatistics(NamedTuple):
@@ -65,8 +73,8 @@ class SAE(Protocol):
         """Reconstruction from feature activations; a skip connection reads `x` too."""
         ...
 
-    def constrain(self) -> None:
-        """Bring the parameters back to where they must be after an update."""
+    def constrain(self, *, decoder: bool = True) -> None:
+        """Bring the parameters back to where they must be after an update; the decoder's rows, unless they are."""
         ...
 
     def loss_and_gradients(
@@ -108,9 +116,28 @@ def tiles(
     sae: SAE, x: Float[Tensor, "batch d_model"], y: Float[Tensor, "batch d_out"] | None
 ) -> Iterator[tuple[Float[Tensor, "tile d_model"], Float[Tensor, "tile d_out"]]]:
     """The batch and what it is to become, some rows at a time."""
-    elements = TILE_ELEMENTS * (BFLOAT16_TILES if sae.recipe.compute == "bfloat16" else 1)
-    rows = len(x) if x.is_cuda else max(1, elements // sae.W_enc.shape[1])
+    rows = len(x) if x.is_cuda else rows_at_once(sae)
     yield from zip(x.split(rows), (x if y is None else y).split(rows), strict=True)
+
+
+def rows_at_once(sae: SAE) -> int:
+    """Rows per tile on a CPU."""
+    elements = TILE_ELEMENTS * (BFLOAT16_TILES if sae.recipe.compute == "bfloat16" else 1)
+    return max(1, elements // min(sae.W_enc.shape[1], BLOCK))
+
+
+def columns(W_enc: Float[Tensor, "d_model d_sae"]) -> list[slice]:
+    """The blocks of latents that the encoder's product comes in: the dense and the sparse path make the same calls."""
+    size = W_enc.shape[1] if W_enc.is_cuda else BLOCK
+    return [slice(a, a + size) for a in range(0, W_enc.shape[1], size)]
+
+
+def by_columns(
+    product: Callable[[slice], Float[Tensor, "rows block"]], W_enc: Float[Tensor, "d_model d_sae"]
+) -> Float[Tensor, "rows d_sae"]:
+    """The encoder's product, from that of each block."""
+    first, *more = columns(W_enc)
+    return torch.cat([product(block) for block in (first, *more)], 1) if more else product(first)
 
 
 def copies(sae: SAE) -> tuple[Float[Tensor, "d_model d_sae"], Float[Tensor, "d_sae d_out"]]:

@@ -48,8 +48,8 @@ class Recipe:
     adam_eps: float = 1e-8
     """Adam's epsilon (GS 3.2)."""
     lazy_adam: bool = False
-    """Update only the latents that have a gradient, and let the others' second moments catch up when they next have
-    one: the same updates as Adam's, since with beta1 = 0 a zero gradient moves nothing."""
+    """Update only the rows of latents that have a gradient, and let the others' second moments catch up when they next
+    have one: the same updates as Adam's, since with beta1 = 0 a zero gradient moves nothing. It pays for wide SAEs."""
     unit_decoder: bool = True
     """Keep the decoder's rows at length 1, and their gradients orthogonal to them (GS 3.2). Off, the penalties weigh
     each latent by the length of its row (A25; RI-L1 of a Gated SAE)."""

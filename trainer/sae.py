@@ -60,6 +60,7 @@ def init_sae(
     that it is not W_dec^T; unit columns of the decoder's distribution are ours), the skip connection, if the recipe
     has one, starts at 0. `mean` is the mean of what is reconstructed, normalised; it is needed, and used, only if the
     recipe starts b_dec there, and `sample`, some normalised activations, only if the recipe starts b_enc from data.
+    In memory W_enc lies latent by latent, like W_dec, so that an update of some latents reads and writes whole rows.
     The weights depend on the seed and the sizes alone, not on the device. Of `ranks` that share a JumpReLU SAE each
     gets its part of the same weights, and never holds more. Raises ValueError for what is missing.
     """
@@ -75,7 +76,7 @@ def init_sae(
     rng = torch.Generator().manual_seed(seed)
     own = ranks.latents(d_sae)
     W_dec = _rows(d_sae, d_out or d_model, recipe, rng, own)
-    W_enc = W_dec.T.contiguous() if d_out is None else _rows(d_sae, d_model, recipe, rng, own).T.contiguous()
+    W_enc = W_dec.clone().T if d_out is None else _rows(d_sae, d_model, recipe, rng, own).T
     if recipe.decoder_init == "uniform":
         W_enc *= d_model / d_sae
     b_dec = torch.zeros(W_dec.shape[1])

@@ -69,9 +69,9 @@ class TopKSAE:
         del x
         return torch.addmm(self.b_dec, f, self.W_dec)
 
-    def constrain(self) -> None:
+    def constrain(self, *, decoder: bool = True) -> None:
         """Bring the decoder's rows back to length 1."""
-        if self.recipe.unit_decoder:
+        if decoder and self.recipe.unit_decoder:
             unit_rows(self.W_dec)
 
     def loss_and_gradients(
@@ -114,7 +114,7 @@ class TopKSAE:
                 auxiliary += recipe.aux_coefficient * left.square().sum()
                 accumulate(grad["W_dec"], spare, left, W_dec, recipe.aux_coefficient)
                 dz += times(left, W_dec.T).mul_(spare.sign_()).mul_(recipe.aux_coefficient)
-            accumulate(grad["W_enc"], centred, dz, W_enc)
+            accumulate(grad["W_enc"].T, dz, centred, W_enc)
             grad["b_enc"] += dz.sum(0)
         for slope in grad.values():
             slope.mul_(2 / batch)
