@@ -103,6 +103,11 @@ def spawn(config, *, victim=None, in_file=None):
     return process.exitcode
 
 
+def steps_in(checkpoints):
+    """What is kept, beside the lock."""
+    return sorted(path.name for path in checkpoints.iterdir() if path.name != checkpoint.LOCK)
+
+
 def stripped(value):
     if isinstance(value, dict):
         return {k: stripped(v) for k, v in value.items() if k not in TIMING}
@@ -192,13 +197,13 @@ def test_killed_while_a_checkpoint_is_written(in_file, store, tmp_path):
 def test_the_last_n_are_kept(store, tmp_path):
     for keep in (1, 3):
         run(config_of("train", store, tmp_path / str(keep), steps=18, keep=keep))
-        steps = sorted(path.name for path in (tmp_path / str(keep) / "checkpoints").iterdir())
+        steps = steps_in(tmp_path / str(keep) / "checkpoints")
         assert steps == ["step_000000012", "step_000000016", "step_000000018"][-keep:]
 
 
 def test_by_default_only_the_end_of_a_short_run_is_kept(store, tmp_path):
     run(config_of("train", store, tmp_path, checkpoint_every=0))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{STEPS:09}"]
+    assert steps_in(tmp_path / "checkpoints") == [f"step_{STEPS:09}"]
 
 
 def test_a_finished_run_is_not_trained_again(store, tmp_path, monkeypatch):
@@ -237,7 +242,7 @@ def test_a_sweep_names_the_field_and_the_sae(store, tmp_path):
 def test_what_does_not_matter_may_change(store, tmp_path):
     assert spawn(config_of("train", store, tmp_path), victim=30) == -signal.SIGKILL
     run(config_of("train", store, tmp_path, checkpoint_every=7, keep=1))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{STEPS:09}"]
+    assert steps_in(tmp_path / "checkpoints") == [f"step_{STEPS:09}"]
 
 
 @pytest.mark.parametrize("damage", ["index", "tensors", "shapes"])
@@ -282,7 +287,7 @@ def test_a_loss_that_is_not_finite_names_sae_step_and_checkpoint(store, tmp_path
         f"the loss of width_24_target_6_seed_0 is not finite from step 10 (of {STEPS}) on. "
         f"The last good checkpoint is {good}. "
     )
-    assert sorted(path.name for path in good.parent.iterdir()) == ["step_000000004", "step_000000008"]
+    assert steps_in(good.parent) == ["step_000000004", "step_000000008"]
     monkeypatch.undo()
     run(config_of("sweep", store, tmp_path))
     run(config_of("sweep", store, tmp_path / "whole"))
@@ -302,4 +307,25 @@ def test_parameters_that_are_not_finite_are_never_kept(store, tmp_path, monkeypa
     monkeypatch.setattr(Run, "step", poisoned)
     with pytest.raises(ActstoreError, match="parameters of sae are not finite after 8 of 42 steps"):
         run(config_of("train", store, tmp_path))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000004"]
+    assert steps_in(tmp_path / "checkpoints") == ["step_000000004"]
+
+
+@pytest.mark.parametrize("kind", ["train", "sweep"])
+def test_two_processes_do_not_train_into_one_directory(store, tmp_path, kind):
+    """The second is refused and changes nothing; when the first has ended, however it did, the place is free."""
+    config = config_of(kind, store, tmp_path / "out", steps=4)
+    place = config.out / "checkpoints" / (SITES[0] if kind == "sweep" else "")
+    with checkpoint.locked(place):
+        with pytest.raises(ActstoreError, match="another process is training into"):
+            run(config)
+        assert [path for path in config.out.rglob("*") if path.is_file()] == [place / checkpoint.LOCK]
+    run(config)
+    assert (config.out / "checkpoints").exists()
+
+
+def test_a_sweep_begun_anew_leaves_no_release_of_the_old_one(store, tmp_path):
+    config = config_of("sweep", store, tmp_path / "out", steps=4)
+    (tmp_path / "out/release/layer_1/width_24/average_l0_999").mkdir(parents=True)
+    run(replace(config, resume=False))
+    assert not (tmp_path / "out/release/layer_1/width_24/average_l0_999").exists()
+    assert list((tmp_path / "out/release").glob("**/params.npz"))

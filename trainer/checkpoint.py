@@ -10,11 +10,12 @@ number of processes goes on from them. Where they share out the SAEs of a stream
 writes the index, when all are done.
 """
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from trainer.parallel import ALONE, LATENT_AXIS, Ranks
 
 FORMAT_VERSION, SHARDED_VERSION = 1, 2
 """Without and with shards."""
-INDEX, STATE = "checkpoint.json", ".state.safetensors"
+INDEX, STATE, LOCK = "checkpoint.json", ".state.safetensors", ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,28 @@ class Checkpoint:
 def place(folder: Path, step: int) -> Path:
     """The directory of a checkpoint."""
     return folder / f"step_{step:09}"
+
+
+@contextmanager
+def locked(folder: Path, ranks: Ranks = ALONE) -> Generator[None]:
+    """While open, nobody else trains into `folder`: ActstoreError if someone does. It ends with the process, too."""
+    if not ranks.lead:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = f"another process is training into {folder.parent}; wait until it has ended, or take another --out"
+            raise ActstoreError(text) from None
+        yield
+
+
+def clear(folder: Path) -> None:
+    """Delete all checkpoints, whole ones and parts."""
+    for path in (*folder.glob("step_*"), *folder.glob(".step_*")):
+        shutil.rmtree(path)
 
 
 def save(

@@ -14,6 +14,7 @@ a process group each train some of a site's SAEs, and the lead writes the releas
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def _release(config: SweepConfig, results: list[TrainResult]) -> list[Trained]:
             chosen[keys[i]] = i
             figures = {"l0": last.mean_l0, "fvu": last.fvu, "dead": last.dead}
             released.append(Released(saved=saved, figures=figures))
+    shutil.rmtree(config.out / RELEASE, ignore_errors=True)  # another run's L0s have other folders
     if released:
         write_release(released, config.out / RELEASE)
     folders = dict(zip(chosen.values(), folders_of(released), strict=True))

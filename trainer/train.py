@@ -10,7 +10,6 @@ loop never waits for the device between log steps: statistics stay there until t
 import io
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -283,12 +282,13 @@ def train_site(
     for spec in specs:
         check_sharding(sharing, spec)
     settings = settings_of(config, stream, specs)
-    found = checkpoint.latest(checkpoints, settings, ranks) if config.resume else None
     common: Any = {"steps": config.steps, "device": config.device, "ranks": sharing}
     runs, scale, target_scale = _start_all(stream, specs, deal, **common)
     at, spent, shards = Position(), 0.0, sharing.world
     with ExitStack() as stack:
         data = stack.enter_context(stream.open())
+        stack.enter_context(checkpoint.locked(checkpoints, ranks))
+        found = checkpoint.latest(checkpoints, settings, ranks) if config.resume else None
         if found:
             place = checkpoint.place(checkpoints, found.step)
             for run in runs:
@@ -297,7 +297,7 @@ def train_site(
             at, spent = Position(found.step, found.rows, place), found.seconds
             shards = found.shards if found.step == config.steps else shards
         elif ranks.lead:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            checkpoint.clear(checkpoints)
         files: dict[str, io.FileIO] = {}
         for name, folder in folders.items() if ranks.lead else ():
             folder.mkdir(parents=True, exist_ok=True)
