@@ -2,7 +2,7 @@
 
 After `benchmarks/frontier.py` in the same DIR, whose tokens it takes. SmolLM2-135M in float32, resid_post.15: 262,144
 rows are captured as f32 and copied (`actstore cp`) as bf16, fixed:1e-3 and fixed:4e-3. The same rows in the same order,
-three epochs, the same five seeds: SAEs of 1,152 latents, preset `short`, evaluated by splicing into the model on
+three epochs, the same five seeds: SAEs of 2,304 latents, preset `short`, evaluated by splicing into the model on
 held-out text, whose activations are never stored. Reported: means over seeds, and of the differences to f32 of the
 same seed, with 95% intervals (Student's t). Writes compression.json and compression.md. Run again to go on; --record
 only writes.
@@ -21,7 +21,7 @@ from actstore.bench import machine
 from actstore.console import figure
 
 ENCODINGS = {"f32": "f32", "bf16": "bf16", "fixed-1e-3": "fixed:1e-3", "fixed-4e-3": "fixed:4e-3"}
-ROWS, EPOCHS, BATCH, WIDTH, SEEDS = 262_144, 3, 512, 1152, range(5)
+ROWS, EPOCHS, BATCH, WIDTH, SEEDS = 262_144, 3, 512, 2304, range(5)
 MEASURES = ("l0", "fvu", "delta_loss")
 T = 2.776
 """Student's t for a 95% interval of five values."""
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     if not args.record:

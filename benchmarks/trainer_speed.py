@@ -3,8 +3,9 @@
 d = 576, width 4,608, batch 4,096, about 38 active latents of a JumpReLU and 38 by construction of the others. In each
 round everything runs once: the five products of a step alone (x W_enc, f W_dec, r W_dec^T, f^T r, x^T dz) in float32
 and in bfloat16, then a whole step (gradients, clipping, projection, Adam, renormalisation) of every architecture in
-both. --peer adds SAELens' JumpReLU trainer, in its environment below .peers/, in float32 and with autocast, on the
-same batch. Ratios are taken within rounds; medians are reported. Writes trainer_speed.json.
+both; JumpReLU's also by its dense path alone. --peer adds the JumpReLU trainers of SAELens and dictionary_learning, in
+their environments below .peers/ (`make test-peers`), in float32 and with autocast, on the same batch. Ratios are taken
+within rounds; medians are reported. Writes trainer_speed.json.
 
 On a machine that others use: setsid -w sh -c 'echo -20 > /proc/self/autogroup; exec nice -n -20 "$@"' sh python ...
 """
@@ -26,7 +27,7 @@ HERE = Path(__file__).parent
 D, W, B = 576, 4608, 4096
 COMPUTE = ("float32", "bfloat16")
 ARCHITECTURES = ("jumprelu", "topk", "batchtopk", "gated")
-PEER = HERE.parent / ".peers" / "saelens" / "bin" / "python"
+PEERS = ("saelens", "dictionary_learning")
 
 
 def batch() -> torch.Tensor:
@@ -57,9 +58,22 @@ def ours(architecture: Any, compute: Any) -> Callable[[], object]:
     return step
 
 
-def peer(compute: str) -> Callable[[], object]:
-    """A step of SAELens in a process of its own, which waits for a line before each."""
-    command = [str(PEER), __file__, "--serve", compute]
+def dense(step: Callable[[], object]) -> Callable[[], object]:
+    """A step of ours without the sparse path."""
+    from trainer import sparse
+
+    def run() -> None:
+        before, sparse.LEAST_LATENTS = sparse.LEAST_LATENTS, 1 << 60
+        step()
+        sparse.LEAST_LATENTS = before
+
+    return run
+
+
+def peer(name: str, compute: str) -> Callable[[], object]:
+    """A step of another trainer in a process of its own, which waits for a line before each."""
+    python = HERE.parent / ".peers" / name / "bin" / "python"
+    command = [str(python), __file__, "--serve", name, "--compute", compute]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step() -> float:
@@ -71,8 +85,7 @@ def peer(compute: str) -> Callable[[], object]:
     return step
 
 
-def serve(compute: str) -> None:
-    """Run one step of SAELens' JumpReLU trainer for each line, and print its seconds."""
+def saelens(compute: str) -> Callable[[], object]:
     from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, SAETrainer
     from sae_lens.config import SAETrainerConfig
 
@@ -82,9 +95,29 @@ def serve(compute: str) -> None:
         total_training_samples=B << 20, train_batch_size_samples=B, lr=1e-4, lr_end=1e-5, autocast=compute == "bfloat16"
     )
     trainer = SAETrainer(total, sae, data_provider=iter([]))
+    return lambda: trainer.step(x)
+
+
+def dictionary_learning(compute: str) -> Callable[[], object]:
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+
+    steps, x = iter(range(1 << 30)), batch()
+    how: dict[str, Any] = {"steps": 1 << 20, "layer": 0, "lm_name": "none", "seed": 0, "lr": 1e-4, "warmup_steps": 0}
+    trainer = JumpReluTrainer(activation_dim=D, dict_size=W, bandwidth=0.03, target_l0=38.0, **how)
+    trainer.ae.threshold.data.fill_(0.1)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute == "bfloat16"):
+            trainer.update(next(steps), x)
+
+    return step
+
+
+def serve(step: Callable[[], object]) -> None:
+    """Run one step for each line, and print its seconds."""
     for _ in sys.stdin:
         began = time.perf_counter()
-        trainer.step(x)
+        step()
         print(time.perf_counter() - began, flush=True)
 
 
@@ -99,15 +132,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--only", default=",".join(ARCHITECTURES))
-    parser.add_argument("--serve", choices=COMPUTE, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--compute", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve)
+        serve({"saelens": saelens, "dictionary_learning": dictionary_learning}[args.serve](args.compute))
         return
     work = {f"products {c}": products(getattr(torch, c)) for c in COMPUTE}
     work |= {f"{a} {c}": ours(a, c) for a in args.only.split(",") for c in COMPUTE}
+    work |= {f"jumprelu dense {c}": dense(work[f"jumprelu {c}"]) for c in COMPUTE}
     if args.peer:
-        work |= {f"saelens {c}": peer(c) for c in COMPUTE}
+        work |= {f"{name} {c}": peer(name, c) for name in PEERS for c in COMPUTE}
     for run in work.values():
         timed(run)
     rounds = [{name: timed(run) for name, run in work.items()} for _ in range(args.rounds)]
@@ -120,8 +155,9 @@ def main() -> None:
             "all": seconds,
             "over float32 products": statistics.median(r[name] / r["products float32"] for r in rounds),
         }
-        if args.peer:
-            known[name]["saelens float32 over this"] = statistics.median(r["saelens float32"] / r[name] for r in rounds)
+        for other in PEERS if args.peer else ():
+            ratio = statistics.median(r[f"{other} float32"] / r[name] for r in rounds)
+            known[name][f"{other} float32 over this"] = ratio
         line = [f"{k} {v:.3f}" for k, v in known[name].items() if k != "all"]
         print(f"{name:20}", "  ".join(line))
     about = {"d_model": D, "d_sae": W, "batch": B, "threads": torch.get_num_threads(), "torch": torch.__version__}
