@@ -22,7 +22,7 @@ from trainer.fused import Latents, bits, compiled, each, pre_activation
 from trainer.parts import ROWS, SAE, affine, columns, rows_at_once
 
 LEAST_LATENTS = 1 << 11
-"""Below this width the dense path is taken. At 1,024, with 20 active latents, sparse took 0.4 to 0.7 of its time."""
+"""Below this width the dense path is taken. Sparse may pay there, too: `benchmarks/trainer_sparse.py` has 4,608 on."""
 MOST_KEPT = {"float32": 1 / 16, "bfloat16": 1 / 32}
 """The share of all (token, latent) pairs above which a step is done by the dense path, by what that multiplies in.
 At 9% and 4% the two are equally fast (`benchmarks/trainer_sparse.py --l0`); what is found out too late costs about a
