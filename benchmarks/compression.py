@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=24)
+    parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     if not args.record:
