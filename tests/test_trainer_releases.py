@@ -427,3 +427,24 @@ def test_broken_files_are_named(tmp_path):
         (tmp_path / "sparsify" / name).write_text("{}")
     with pytest.raises(ActstoreError, match="sparsify"):
         load_any(tmp_path / "sparsify")
+
+
+def test_a_damaged_npz_is_named(tmp_path):
+    """Empty, cut short anywhere, damaged bytes, or no npz at all: an error that names the file, or the right arrays."""
+    path, params = tmp_path / "params.npz", fold(saved_sae(Recipe()))
+    np.savez_compressed(path, **params)
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    np.save(tmp_path / "one.npy", params["W_enc"])
+    cases = [b"", b"PK", (tmp_path / "one.npy").read_bytes(), *(whole[:n] for n in range(1, len(whole), 977))]
+    flips = rng.integers(0, len(whole), 60)
+    cases += [whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in flips]
+    for data in cases:
+        path.write_bytes(data)
+        try:
+            found = load_params(path)
+        except ActstoreError as error:
+            refused += 1
+            assert str(path) in str(error)
+        else:
+            assert all(np.array_equal(found[name], params[name]) for name in params)
+    assert refused > len(cases) / 2

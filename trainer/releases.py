@@ -14,10 +14,12 @@ pickled is read.
 
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -34,6 +36,9 @@ from trainer.sae import sae_of, shapes
 Arrays = dict[str, Float32[ndarray, "..."]]
 
 PARAMS, GEMMA_2, LENS_CONFIG, LENS_WEIGHTS = "params.npz", "params.safetensors", "cfg.json", "sae_weights.safetensors"
+
+UNREADABLE = (OSError, ValueError, EOFError, TypeError, NotImplementedError, BadZipFile, zlib.error)
+"""What numpy and zipfile raise for files that are no npz, are cut short or damaged."""
 
 RAW = Recipe(log_threshold=False, pre_bias=False, relu_before_jump=True)
 """How released parameters are read: relu(z) * (z > threshold), z from x itself."""
@@ -95,10 +100,10 @@ def _instead(path: Path) -> str:
 def load_params(path: Path) -> Arrays:
     """Read and check a params.npz, this trainer's or Gemma Scope's own; nothing pickled is accepted."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise ActstoreError(f"{path} can't be read as params.npz: {error}") from None
+    except UNREADABLE as error:
+        raise ActstoreError(f"{path} can't be read as params.npz: {type(error).__name__}: {error}") from None
     return checked(path, {name.replace("w_", "W_"): array for name, array in arrays.items()}, RAW)
 
 
