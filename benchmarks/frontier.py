@@ -27,7 +27,7 @@ SPARSITY: dict[str, list[str]] = {
     "jumprelu": ["--target-l0s", "16", "32", "64"],
     "topk": ["--target-l0s", "16", "32", "64"],
     "batchtopk": ["--target-l0s", "16", "32", "64"],
-    "gated": ["--sparsity-coefficients", "0.04", "0.02", "0.01"],
+    "gated": ["--sparsity-coefficients", "0.16", "0.11", "0.08"],
 }
 SHOWN = ("l0", "fvu", "delta_loss", "loss_recovered", "dead", "dense")
 

@@ -1,4 +1,4 @@
-"""The trainer's step on a CPU against its matrix products: python benchmarks/trainer_speed.py [--rounds N] [--peer].
+"""The trainer's step against its matrix products: python benchmarks/trainer_speed.py [--rounds N] [--peer].
 
 d = 576, width 4,608, batch 4,096, about 38 active latents of a JumpReLU and 38 by construction of the others. In each
 round everything runs once: the five products of a step alone (x W_enc, f W_dec, r W_dec^T, f^T r, x^T dz) in float32
@@ -6,6 +6,10 @@ and in bfloat16, then a whole step (gradients, clipping, projection, Adam, renor
 both; JumpReLU's also by its dense path alone. --peer adds the JumpReLU trainers of SAELens and dictionary_learning, in
 their environments below .peers/ (`make test-peers`), in float32 and with autocast, on the same batch. Ratios are taken
 within rounds; medians are reported. Writes trainer_speed.json.
+
+On a GPU (not run yet): --device cuda --only jumprelu --shape 2304 16384 4096, and the same with 65536. JumpReLU's step
+is then also taken with Triton's kernels, and apart, gradients and update. TFLOP/s are 10 d w a token over the seconds,
+which for a sparse step is more than it does. Writes trainer_speed_gpu_WIDTH.json.
 
 On a machine that others use: setsid -w sh -c 'echo -20 > /proc/self/autogroup; exec nice -n -20 "$@"' sh python ...
 """
@@ -25,6 +29,7 @@ import torch
 
 HERE = Path(__file__).parent
 D, W, B = 576, 4608, 4096
+DEVICE = "cpu"
 COMPUTE = ("float32", "bfloat16")
 ARCHITECTURES = ("jumprelu", "topk", "batchtopk", "gated")
 PEERS = ("saelens", "dictionary_learning")
@@ -32,28 +37,31 @@ PEERS = ("saelens", "dictionary_learning")
 
 def batch() -> torch.Tensor:
     """Rows with E||x||^2 = 1."""
-    return torch.randn(B, D, generator=torch.Generator().manual_seed(0)) / D**0.5
+    return torch.randn(B, D, generator=torch.Generator().manual_seed(0)).to(DEVICE) / D**0.5
 
 
 def products(dtype: torch.dtype) -> Callable[[], object]:
-    x, r, f, W_enc = (torch.randn(*shape).to(dtype) for shape in ((B, D), (B, D), (B, W), (D, W)))
+    x, r, f, W_enc = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((B, D), (B, D), (B, W), (D, W)))
     W_dec = W_enc.T.contiguous()
     return lambda: (x @ W_enc, f @ W_dec, r @ W_dec.T, f.T @ r, x.T @ f)
 
 
-def ours(architecture: Any, compute: Any) -> Callable[[], object]:
+def ours(architecture: Any, compute: Any, kernels: Any = "torch", part: str = "step") -> Callable[[], object]:
+    """A whole step, or the gradients or the update alone."""
     from trainer.optim import second_moments, update
     from trainer.recipe import SHORT
     from trainer.sae import init_sae
 
-    change = {"architecture": architecture, "compute": compute, "init_b_dec_to_mean": False}
+    change = {"architecture": architecture, "compute": compute, "kernels": kernels, "init_b_dec_to_mean": False}
     recipe = dataclasses.replace(SHORT, **change, threshold_init=0.1, k=38, target_l0=38.0)
-    sae, x, dead = init_sae(D, W, recipe), batch(), torch.zeros(W, dtype=torch.bool)
-    moments, steps = second_moments(sae), iter(range(1 << 30))
+    sae, x = init_sae(D, W, recipe, device=DEVICE), batch()
+    moments, steps, dead = second_moments(sae), iter(range(1 << 30)), torch.zeros(W, dtype=torch.bool, device=DEVICE)
+    fixed = sae.loss_and_gradients(x, 0.03, dead)[0] if part == "update" else {}
 
     def step() -> None:
-        gradients, _ = sae.loss_and_gradients(x, 0.03, dead)
-        update(sae, gradients, moments, step=next(steps), rate=1e-4, recipe=recipe)
+        gradients = dict(fixed) if part == "update" else sae.loss_and_gradients(x, 0.03, dead)[0]
+        if part != "gradients":
+            update(sae, gradients, moments, step=next(steps), rate=1e-4, recipe=recipe)
 
     return step
 
@@ -73,7 +81,8 @@ def dense(step: Callable[[], object]) -> Callable[[], object]:
 def peer(name: str, compute: str) -> Callable[[], object]:
     """A step of another trainer in a process of its own, which waits for a line before each."""
     python = HERE.parent / ".peers" / name / "bin" / "python"
-    command = [str(python), __file__, "--serve", name, "--compute", compute]
+    shape = ["--shape", *map(str, (D, W, B)), "--device", DEVICE]
+    command = [str(python), __file__, "--serve", name, "--compute", compute, *shape]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step() -> float:
@@ -89,11 +98,11 @@ def saelens(compute: str) -> Callable[[], object]:
     from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, SAETrainer
     from sae_lens.config import SAETrainerConfig
 
-    config = JumpReLUTrainingSAEConfig(d_in=D, d_sae=W, l0_coefficient=0.03, jumprelu_init_threshold=0.1)
+    sizes: dict[str, Any] = {"d_in": D, "d_sae": W, "device": DEVICE}
+    config = JumpReLUTrainingSAEConfig(l0_coefficient=0.03, jumprelu_init_threshold=0.1, **sizes)
     sae, x = JumpReLUTrainingSAE(config), batch()
-    total = SAETrainerConfig(
-        total_training_samples=B << 20, train_batch_size_samples=B, lr=1e-4, lr_end=1e-5, autocast=compute == "bfloat16"
-    )
+    rates: dict[str, Any] = {"lr": 1e-4, "lr_end": 1e-5, "autocast": compute == "bfloat16", "device": DEVICE}
+    total = SAETrainerConfig(total_training_samples=B << 20, train_batch_size_samples=B, **rates)
     trainer = SAETrainer(total, sae, data_provider=iter([]))
     return lambda: trainer.step(x)
 
@@ -103,11 +112,12 @@ def dictionary_learning(compute: str) -> Callable[[], object]:
 
     steps, x = iter(range(1 << 30)), batch()
     how: dict[str, Any] = {"steps": 1 << 20, "layer": 0, "lm_name": "none", "seed": 0, "lr": 1e-4, "warmup_steps": 0}
+    how["device"] = DEVICE
     trainer = JumpReluTrainer(activation_dim=D, dict_size=W, bandwidth=0.03, target_l0=38.0, **how)
     trainer.ae.threshold.data.fill_(0.1)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=compute == "bfloat16"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=compute == "bfloat16"):
             trainer.update(next(steps), x)
 
     return step
@@ -116,14 +126,15 @@ def dictionary_learning(compute: str) -> Callable[[], object]:
 def serve(step: Callable[[], object]) -> None:
     """Run one step for each line, and print its seconds."""
     for _ in sys.stdin:
-        began = time.perf_counter()
-        step()
-        print(time.perf_counter() - began, flush=True)
+        print(timed(step), flush=True)
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Seconds; what a worker measured itself counts."""
     began = time.perf_counter()
     inside = work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return inside if isinstance(inside, float) else time.perf_counter() - began
 
 
@@ -134,19 +145,27 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(ARCHITECTURES))
     parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--compute", help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("D", "W", "B"), default=(D, W, B))
     args = parser.parse_args()
+    globals().update(DEVICE=args.device, **dict(zip("DWB", args.shape, strict=True)))
     if args.serve:
         serve({"saelens": saelens, "dictionary_learning": dictionary_learning}[args.serve](args.compute))
         return
     work = {f"products {c}": products(getattr(torch, c)) for c in COMPUTE}
     work |= {f"{a} {c}": ours(a, c) for a in args.only.split(",") for c in COMPUTE}
-    work |= {f"jumprelu dense {c}": dense(work[f"jumprelu {c}"]) for c in COMPUTE}
+    if DEVICE == "cpu":
+        work |= {f"jumprelu dense {c}": dense(work[f"jumprelu {c}"]) for c in COMPUTE}
+    else:
+        work |= {f"jumprelu triton {c}": ours("jumprelu", c, "triton") for c in COMPUTE}
+        parts = [(kernels, part) for kernels in ("torch", "triton") for part in ("gradients", "update")]
+        work |= {f"{part} {k} bfloat16": ours("jumprelu", "bfloat16", k, part) for k, part in parts}
     if args.peer:
         work |= {f"{name} {c}": peer(name, c) for name in PEERS for c in COMPUTE}
     for run in work.values():
         timed(run)
     rounds = [{name: timed(run) for name, run in work.items()} for _ in range(args.rounds)]
-    path = HERE / "trainer_speed.json"
+    path = HERE / ("trainer_speed.json" if DEVICE == "cpu" else f"trainer_speed_gpu_{W}.json")
     known = json.loads(path.read_text())["steps"] if path.exists() else {}
     for name in work:
         seconds = [r[name] for r in rounds]
@@ -155,12 +174,16 @@ def main() -> None:
             "all": seconds,
             "over float32 products": statistics.median(r[name] / r["products float32"] for r in rounds),
         }
+        if DEVICE == "cuda":
+            known[name]["TFLOP/s"] = 1e-12 * 10 * D * W * B / known[name]["seconds"]
         for other in PEERS if args.peer else ():
             ratio = statistics.median(r[f"{other} float32"] / r[name] for r in rounds)
             known[name][f"{other} float32 over this"] = ratio
         line = [f"{k} {v:.3f}" for k, v in known[name].items() if k != "all"]
         print(f"{name:20}", "  ".join(line))
     about = {"d_model": D, "d_sae": W, "batch": B, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if DEVICE == "cuda":
+        about |= {"device": torch.cuda.get_device_name(), "peak bytes": torch.cuda.max_memory_allocated()}
     path.write_text(json.dumps({**about, "steps": known}, indent=2) + "\n")
 
 

@@ -87,7 +87,16 @@ def test_pins_cover_every_dependency() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     for requirement in wanted:
-        name = requirement.split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip().lower().replace("_", "-")
+        name = (
+            requirement.split(";")[0]
+            .split("[")[0]
+            .split(">")[0]
+            .split("=")[0]
+            .split("<")[0]
+            .strip()
+            .lower()
+            .replace("_", "-")
+        )
         assert name in pins, name
     assert all("==" in line or line.startswith("#") or not line for line in lines)
 

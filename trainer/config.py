@@ -26,6 +26,8 @@ class RunConfig:
     """Replaces the preset's architecture."""
     compute: Literal["float32", "bfloat16"] | None = None
     """Replaces the preset's precision of matrix products."""
+    kernels: Literal["torch", "triton"] | None = None
+    """What a GPU's own kernels are; Triton's are experimental, no GPU has run them yet."""
     data_seed: int = 0
     """Fixes the order of the batches."""
     batch_size: int | None = None
@@ -64,7 +66,7 @@ class RunConfig:
 
         A `target_l0` of 0 removes the target; for TopK and BatchTopK it is k.
         """
-        names = ("architecture", "compute", "batch_size", "lr", "bandwidth", "threshold_init")
+        names = ("architecture", "compute", "kernels", "batch_size", "lr", "bandwidth", "threshold_init")
         recipe, target = PRESETS[self.preset], overrides.pop("target_l0", None)
         if self.architecture in ("topk", "batchtopk"):
             if target is not None and (target < 1 or target != int(target)):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trainer import fused, sparse
+from trainer import fused, gpu, sparse
 from trainer.parallel import ALONE, Ranks
 from trainer.parts import (
     ROWS,
@@ -148,10 +148,10 @@ class JumpReLUSAE:
             *(torch.zeros_like(theta) for _ in range(6)), *(torch.zeros((), device=x.device) for _ in range(3))
         )
         counts = None
-        grad = self._sparse_pass(sums, x, y) if plain and sparse.pays(self) else None
+        grad = self._sparse_pass(sums, x, y) if plain else None
         if grad is None:
             grad = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-            if plain and recipe.compute == "bfloat16":
+            if plain and (self._triton or recipe.compute == "bfloat16"):
                 self._fused_pass(grad, sums, x, y)
             else:
                 counts = self._pass(_Weights(*copies(self), theta, norms), grad, sums, x, y, coefficient)
@@ -299,10 +299,13 @@ class JumpReLUSAE:
         return under.mul_(-0.5)
 
     def _plain(self, x: Float[Tensor, "batch d_model"]) -> bool:
-        """Whether latents are priced by counts alone, by one process on a CPU: what `fused` and `sparse` can do."""
-        r = self.recipe
-        counts = r.sparsity_loss == "l0" and r.prefixes == 1 and not r.pre_act_coefficient and not r.estimate_inputs
-        return counts and self.W_skip is None and x.device.type == "cpu" and self.ranks == ALONE
+        """Whether it is what `fused` and `sparse` can do on a CPU, and `gpu`, by one process."""
+        here = self._triton or x.device.type == "cpu"
+        return here and self.recipe.priced_by_counts and self.ranks == ALONE
+
+    @property
+    def _triton(self) -> bool:
+        return self.recipe.kernels == "triton"
 
     def _latents(self) -> fused.Latents:
         return fused.Latents(self.b_enc, self.theta, self.recipe.relu_before_jump, self.recipe.bandwidth / 2)
@@ -310,8 +313,9 @@ class JumpReLUSAE:
     def _sparse_pass(
         self, sums: _Sums, x: Float[Tensor, "batch d_model"], y: Float[Tensor, "batch d_out"] | None
     ) -> dict[str, Tensor] | None:
-        """`_pass` over the pairs of token and latent that matter; None, and nothing done, if they are too many."""
-        step = sparse.step(self, self._latents(), x, x if y is None else y)
+        """`_pass` over the pairs of token and latent that matter; None, and nothing done, if that would not pay."""
+        module = gpu if self._triton else sparse
+        step = module.step(self, self._latents(), x, x if y is None else y) if module.pays(self) else None
         if step is None:
             return None
         for name in ("fired", "near", "near_df", "squares"):
@@ -325,21 +329,21 @@ class JumpReLUSAE:
         x: Float[Tensor, "batch d_model"],
         y: Float[Tensor, "batch d_out"] | None,
     ) -> None:
-        """`_pass` with bfloat16 from product to product and one sweep each way over the pre-activations."""
+        """`_pass` in one precision from product to product and one sweep each way over the pre-activations."""
         W_enc, W_dec = copies(self)
-        latents = self._latents()
-        three = torch.zeros(3, len(self.b_enc))
+        latents, pointwise = self._latents(), gpu if self._triton else fused
+        three = torch.zeros(3, len(self.b_enc), device=x.device)
         for tile, target in tiles(self, x, y):
-            centred = (tile - self.b_dec if self.recipe.pre_bias else tile).bfloat16()
+            centred = (tile - self.b_dec if self.recipe.pre_bias else tile).to(W_enc.dtype)
             z = by_columns(lambda block, centred=centred: centred @ W_enc[:, block], W_enc)
-            f = fused.forward(z, latents, sums.fired)
+            f = pointwise.forward(z, latents, sums.fired)
             residual = (f @ W_dec).float().add_(self.b_dec).sub_(target)
             sums.squares.add_(residual.square().sum())
             grad["b_dec"] += residual.sum(0)
-            narrow = residual.bfloat16()
+            narrow = residual.to(W_dec.dtype)
             grad["W_dec"] += f.T @ narrow
             df = narrow @ W_dec.T
-            fused.backward(z, df, latents, three)
+            pointwise.backward(z, df, latents, three)
             grad["W_enc"].T.add_(df.T @ centred)
         sums.near.add_(three[0])
         sums.near_df.add_(three[1])

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from trainer import gpu
 from trainer.parallel import ALONE, LATENT_AXIS, Ranks
 from trainer.parts import ROWS, SAE, unit_rows
 from trainer.recipe import Recipe
@@ -78,15 +79,16 @@ def update(
         rows = touched(gradients).nonzero().squeeze(1)
         gradients |= {name: _by_latent(name, gradients[name])[rows] for name in MATRICES}
         gradients["W_enc"] = gradients["W_enc"].T
-    if rows is None and recipe.unit_decoder:
+    by_rows = rows is not None or recipe.kernels == "triton"
+    if recipe.unit_decoder and not by_rows:
         project(sae.W_dec, gradients["W_dec"])
     for name, parameter in sae.parameters.items():
-        if rows is None or name not in MATRICES:
+        if not by_rows or name not in MATRICES:
             first = moments.get(FIRST + name)
             _adam(parameter, gradients[name], moments[name], first, step, rate, recipe, recipe.beta2)
-    if rows is not None:
+    if by_rows:
         _update_rows(sae, gradients, moments, rows, step=step, rate=rate, recipe=recipe)
-    sae.constrain(decoder=rows is None)
+    sae.constrain(decoder=not by_rows)
 
 
 def _adam(
@@ -132,14 +134,16 @@ def _update_rows(
     sae: SAE,
     gradients: dict[str, Tensor],
     moments: dict[str, Tensor],
-    rows: Int[Tensor, " touched"],
+    rows: Int[Tensor, " touched"] | None,
     *,
     step: int,
     rate: float,
     recipe: Recipe,
 ) -> None:
-    """Projection, Adam and renormalisation of some latents' rows, which `gradients` are for."""
-    if recipe.lazy_adam:
+    """Projection, Adam and renormalisation of some latents' rows, which `gradients` are for, or of all."""
+    if rows is None:
+        decay = torch.full((1,), recipe.beta2, device=sae.W_enc.device)
+    elif recipe.lazy_adam:
         decay = _decay(step + 1 - moments[UPDATES][rows], recipe)
         moments[UPDATES][rows] = step + 1
     else:
@@ -147,19 +151,36 @@ def _update_rows(
         for name in MATRICES:
             moments[name].mul_(recipe.beta2)
     for name in MATRICES:
-        parameters, slopes, seconds = (
-            _by_latent(name, t) for t in (getattr(sae, name), gradients[name], moments[name])
-        )
-        size, unit = max(1, CHUNK // parameters.shape[1]), name == "W_dec" and recipe.unit_decoder
-        for part, slope, left in zip(rows.split(size), slopes.split(size), decay.split(size), strict=True):
-            parameter, second = parameters.index_select(0, part), seconds.index_select(0, part)
-            if unit:
-                project(parameter, slope)
-            _adam(parameter, slope, second, None, step, rate, recipe, left[:, None])
-            if unit:
-                unit_rows(parameter)
-            parameters.index_copy_(0, part, parameter)  # twice as fast as indexing
-            seconds.index_copy_(0, part, second)
+        own, slope, second = (_by_latent(name, t) for t in (getattr(sae, name), gradients[name], moments[name]))
+        unit = name == "W_dec" and recipe.unit_decoder
+        if recipe.kernels == "triton":
+            gpu.update_rows(own, slope, second, rows, decay, step=step, rate=rate, recipe=recipe, unit=unit)
+        elif rows is not None:
+            _in_chunks(own, slope, second, rows, decay, step=step, rate=rate, recipe=recipe, unit=unit)
+
+
+def _in_chunks(
+    parameters: Float[Tensor, "d_sae d"],
+    slopes: Float[Tensor, "touched d"],
+    seconds: Float[Tensor, "d_sae d"],
+    rows: Int[Tensor, " touched"],
+    decay: Float[Tensor, " touched"],
+    *,
+    step: int,
+    rate: float,
+    recipe: Recipe,
+    unit: bool,
+) -> None:
+    size = max(1, len(rows) if rows.is_cuda else CHUNK // parameters.shape[1])
+    for part, slope, left in zip(rows.split(size), slopes.split(size), decay.split(size), strict=True):
+        parameter, second = parameters.index_select(0, part), seconds.index_select(0, part)
+        if unit:
+            project(parameter, slope)
+        _adam(parameter, slope, second, None, step, rate, recipe, left[:, None])
+        if unit:
+            unit_rows(parameter)
+        parameters.index_copy_(0, part, parameter)  # twice as fast as indexing
+        seconds.index_copy_(0, part, second)
 
 
 def _decay(updates: Int[Tensor, " latents"], recipe: Recipe) -> Float[Tensor, " latents"]:

@@ -144,6 +144,8 @@ def check_sharding(ranks: Ranks, spec: SAESpec) -> None:
     }
     if recipe.architecture in reasons:
         raise ValueError(f"{reasons[recipe.architecture]}, which is not implemented; {to_shard} take jumprelu")
+    if recipe.kernels == "triton":
+        raise ValueError(f"Triton's kernels see all latents of an SAE; {to_shard} take kernels torch")
     if recipe.prefixes > 1:
         raise ValueError(
             f"the recipe has {recipe.prefixes} Matryoshka prefixes, each with a residual of its own to add up; "

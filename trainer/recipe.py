@@ -31,6 +31,9 @@ class Recipe:
     compute: Literal["float32", "bfloat16"] = "float32"
     """What the matrix products of a step read (GS 3.2: float32 throughout). bfloat16 multiplies copies of the matrices
     and activations; parameters, gradients, thresholds, pointwise work and Adam stay float32."""
+    kernels: Literal["torch", "triton"] = "torch"
+    """What does the pointwise work of a step, a wide SAE's sums over active latents, and Adam, on a GPU: PyTorch's
+    operations or Triton's kernels (`trainer/gpu.py`), which no GPU has run yet. Sums are rounded differently."""
     bandwidth: float = 0.001
     """Width of the rectangle kernel that estimates the thresholds' gradient, at E||x||^2 = 1 (GS 3.2)."""
     lr: float = 7e-5
@@ -149,6 +152,10 @@ class Recipe:
         batch_price = self.frequency_penalty > 0 or (self.sparsity_loss == "l0" and self.target_l0 is not None)
         return (
             (self.lazy_adam and self.beta1 > 0, "lazy_adam needs beta1 = 0: with a first moment every latent moves"),
+            (
+                self.kernels == "triton" and (not self.priced_by_counts or self.beta1 > 0),
+                "kernels triton are for jumprelu priced by counts alone (l0, no prefixes, no skip) and beta1 = 0",
+            ),
             (self.skip and self.pre_bias, "skip needs pre_bias off: take `for_transcoder`"),
             (self.skip and not jumprelu, f"skip is for jumprelu, the architecture is {self.architecture}"),
             (per_token and self.target_l0 is None, "sparsity_loss l0_per_token needs a target_l0"),
@@ -163,6 +170,12 @@ class Recipe:
                 "estimate_inputs needs a price that does not depend on the batch: no frequency_penalty or batch target",
             ),
         )
+
+    @property
+    def priced_by_counts(self) -> bool:
+        """Whether this is a JumpReLU SAE of one reconstruction whose latents are priced by counts alone."""
+        other = self.skip or self.pre_act_coefficient > 0 or self.estimate_inputs or self.prefixes > 1
+        return self.architecture == "jumprelu" and self.sparsity_loss == "l0" and not other
 
     def learning_rate(self, step: int, steps: int) -> float:
         """The rate of step `step` (from 0) of `steps`: cosine warm-up, constant, then the decay if there is one."""

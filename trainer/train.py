@@ -24,7 +24,7 @@ from torch import Tensor
 import actstore
 from actstore.errors import ActstoreError, StreamError
 from actstore.progress import Progress
-from trainer import checkpoint
+from trainer import checkpoint, gpu
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig, SAESpec, TrainConfig
 from trainer.files import CONFIG, METRICS, save_sae
@@ -281,6 +281,8 @@ def train_site(
     check_deal(deal.ranks, len(specs))
     for spec in specs:
         check_sharding(sharing, spec)
+        if spec.recipe.kernels == "triton":
+            gpu.check(config.device)
     settings = settings_of(config, stream, specs)
     common: Any = {"steps": config.steps, "device": config.device, "ranks": sharing}
     runs, scale, target_scale = _start_all(stream, specs, deal, **common)
