@@ -27,7 +27,7 @@ SPARSITY: dict[str, list[str]] = {
     "jumprelu": ["--target-l0s", "16", "32", "64"],
     "topk": ["--target-l0s", "16", "32", "64"],
     "batchtopk": ["--target-l0s", "16", "32", "64"],
-    "gated": ["--sparsity-coefficients", "0.16", "0.11", "0.08"],
+    "gated": ["--sparsity-coefficients", "0.16", "0.11", "0.08", "0.06", "0.04"],
 }
 SHOWN = ("l0", "fvu", "delta_loss", "loss_recovered", "dead", "dense")
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--only", default=",".join(SPARSITY), help="architectures to train and evaluate")
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
