@@ -154,7 +154,7 @@ class Recipe:
             (self.lazy_adam and self.beta1 > 0, "lazy_adam needs beta1 = 0: with a first moment every latent moves"),
             (
                 self.kernels == "triton" and (not self.priced_by_counts or self.beta1 > 0),
-                "kernels triton are for jumprelu priced by counts alone (l0, no prefixes, no skip) and beta1 = 0",
+                "kernels triton are for jumprelu priced by counts (l0, no prefixes, no skip) and beta1 = 0; take torch",
             ),
             (self.skip and self.pre_bias, "skip needs pre_bias off: take `for_transcoder`"),
             (self.skip and not jumprelu, f"skip is for jumprelu, the architecture is {self.architecture}"),
