@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from actstore.progress import scaled
 
@@ -97,6 +98,11 @@ def draw_frontier(figure: FigureBase, rows: Sequence[Mapping[str, Any]]) -> None
             axes.plot([row["l0"] for row in found], [row[key] for row in found], "o-", markersize=4, linewidth=1.2,
                       color=COLOURS[j % len(COLOURS)], label=name)  # fmt: skip
         axes.set(xlabel="L0", ylabel=label, xscale="log", yscale="log" if min(r[key] for r in rows) > 0 else "linear")
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(FormatStrFormatter("%g"))
+                axis.set_minor_formatter(NullFormatter())
         if i == 0:
             axes.legend(frameon=False, fontsize=7)
 
