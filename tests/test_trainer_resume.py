@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -66,6 +67,35 @@ def config_of(kind, store, out, **change):
 
 def run(config):
     return sweep(config) if isinstance(config, SweepConfig) else train_from_store(config)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(store, tmp_path):
+    """As files may not grow beyond a limit here: the checkpoint is not written, and the same command continues."""
+    config = config_of("train", store, tmp_path / "out")
+    run(replace(config, steps=4, out=tmp_path / "short"))
+    largest = max(file.stat().st_size for file in (tmp_path / "short").rglob("*.safetensors"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*\.step_000000004/sae\.state\.safetensors'"):
+            run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in (tmp_path / "out/checkpoints").iterdir() if path.name.startswith("step_")]
+    run(config)
+    run(replace(config, out=tmp_path / "other"))
+    assert (tmp_path / "out/sae.safetensors").read_bytes() == (tmp_path / "other/sae.safetensors").read_bytes()
+
+
+def test_files_have_the_permissions_that_new_files_get(store, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        run(config_of("train", store, tmp_path / "out", steps=4))
+    finally:
+        os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"sae.safetensors", "sae.state.safetensors", "config.json"} < modes.keys()
+    assert set(modes.values()) == {0o640}, modes
 
 
 def child(config, victim, in_file):
@@ -255,7 +285,7 @@ def test_a_damaged_checkpoint_is_named_and_can_be_deleted(damage, store, tmp_pat
     elif damage == "tensors":
         (newest / "sae.state.safetensors").write_bytes((newest / "sae.state.safetensors").read_bytes()[:-10])
     else:
-        checkpoint.save_file({"idle": torch.zeros(3)}, newest / "sae.state.safetensors")
+        checkpoint.write_tensors(newest / "sae.state.safetensors", {"idle": torch.zeros(3)})
     with pytest.raises(ActstoreError, match="step_000000042"):
         run(config)
     for file in newest.iterdir():

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from actstore.errors import ActstoreError, mismatch
+from trainer.files import write_tensors
 from trainer.parallel import ALONE, LATENT_AXIS, Ranks
 
 FORMAT_VERSION, SHARDED_VERSION = 1, 2
@@ -100,7 +100,7 @@ def save(
     ranks.barrier()
     for name, state in states.items():
         file = hidden / _file(name, ranks.rank if checkpoint.shards > 1 else 0, checkpoint.shards)
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
+        write_tensors(file, dict(state))
         _sync(file)
     ranks.barrier()
     if ranks.lead:

@@ -17,6 +17,7 @@ those of training. A decoder whose rows were not held at length 1 is brought to 
 lengths. The fold is done in float64 and rounded once.
 """
 
+import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from numpy import ndarray
-from safetensors.numpy import save_file
 
 from actstore.errors import ActstoreError
 from trainer.card import Released, folders_of, model_card
 from trainer.config import ExportConfig
-from trainer.files import CONFIG, SavedSAE, load_sae, model_of, write_atomically, write_json
+from trainer.files import CONFIG, SavedSAE, load_sae, model_of, write_atomically, write_json, write_tensors
 from trainer.releases import PARAMS, load_params
 from trainer.sae import as_jumprelu
 
@@ -153,7 +153,8 @@ def write_saelens(saved: SavedSAE, out: Path, *, model_name: str, context_size: 
     }
     if "threshold" not in params:
         config |= {"k": saved.sae.recipe.k, "rescale_acts_by_decoder_norm": False}
-    write_atomically(out / "sae_weights.safetensors", lambda temporary: save_file(params, temporary))
+    tensors = {name: torch.from_numpy(array) for name, array in params.items()}
+    write_atomically(out / "sae_weights.safetensors", lambda temporary: write_tensors(temporary, tensors))
     write_json(out / "cfg.json", config)
     return out
 
@@ -184,7 +185,9 @@ def write_dictionary_learning(saved: SavedSAE, out: Path, *, model_name: str, co
     trainer |= {"activation_dim": d_model, "dict_size": d_sae, "layer": int(layer or 0), "lm_name": model_name}
     trainer |= {"submodule_name": f"{site}_layer_{layer}", "seed": saved.config.get("seed")}
     about = {"site": saved.site, "scale": saved.scale, "store": saved.config.get("store")}
-    write_atomically(out / "ae.pt", lambda temporary: torch.save(state, temporary))
+    pickled = io.BytesIO()  # a full disk would not be an OSError of torch's
+    torch.save(state, pickled)
+    write_atomically(out / "ae.pt", lambda temporary: temporary.write_bytes(pickled.getbuffer()))
     write_json(out / CONFIG, {"trainer": trainer, "buffer": {"ctx_len": context_size}, "actstore": about})
     return out
 

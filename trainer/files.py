@@ -7,12 +7,14 @@ never holds half of one; `config.json` is written last and makes the SAE exist.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from actstore.errors import ActstoreError
 from trainer.recipe import Recipe
@@ -51,6 +53,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file with the permissions that new files get here (the library's own: 0600).
+
+    Raises OSError, as other files do, where the library says what the system said, else ActstoreError.
+    """
+    path.touch()
+    permissions = path.stat().st_mode
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(path)) from None
+        raise ActstoreError(f"{path} can't be written: {error}") from None
+    path.chmod(permissions)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write strict JSON (no NaN) atomically."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -59,7 +78,6 @@ def write_json(path: Path, value: object) -> None:
 
 def save_sae(out: Path, sae: SAE, *, scale: float, site: str, about: dict[str, Any]) -> None:
     """Write the SAE to directory `out`; `about` holds further JSON-able facts for config.json."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (sae.parameters | sae.buffers).items()}
     d_model, d_sae = sae.W_enc.shape
     config = {
         "format_version": FORMAT_VERSION,
@@ -73,7 +91,7 @@ def save_sae(out: Path, sae: SAE, *, scale: float, site: str, about: dict[str, A
         **about,
     }
     (out / CONFIG).unlink(missing_ok=True)
-    write_atomically(out / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+    write_atomically(out / WEIGHTS, lambda temporary: write_tensors(temporary, sae.parameters | sae.buffers))
     write_json(out / CONFIG, config)
 
 
