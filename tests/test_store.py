@@ -23,6 +23,7 @@ from actstore.errors import IntegrityError, MismatchError, StoreError
 from actstore.store import SiteSpec, codec, create_store, open_store, open_writer, record, stats
 from actstore.store.manifest import MANIFEST_KEY
 from actstore.store.spec import SEAL, UNSEALED, dump, group_metadata, spec_from_json
+from actstore.store.stats import from_json
 from actstore.store.storage import LocalStorage, open_storage
 from actstore.store.verify import Damage, verify
 
@@ -125,6 +126,13 @@ def test_statistics_are_those_of_the_decoded_values(tmp_path: Path) -> None:
         np.testing.assert_allclose(s.mean_sq_norm, (values**2).sum(1).mean(), rtol=1e-13)
         assert s.max_abs == np.abs(values).max()
         assert s.rows == 1000
+
+
+@pytest.mark.parametrize("said", ["x" * 5000, {"x" * 5000: 1}, {"rows": 1, "y" * 5000: 2}])
+def test_malformed_statistics_are_not_repeated_at_length(said: object) -> None:
+    with pytest.raises(StoreError, match=r"here: statistics are malformed \(has fields") as e:
+        from_json(said, 4, "here")
+    assert len(str(e.value)) < 300
 
 
 def test_merged_statistics_do_not_depend_on_the_order() -> None:

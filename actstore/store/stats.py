@@ -178,4 +178,4 @@ def from_json(data: Any, d: int, where: str) -> Sums:
             rows=rows, total=total, squares=squares, max_abs=float.fromhex(data["max_abs"]), saturated=saturated
         )
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as e:
-        raise StoreError(f"{where}: statistics are malformed ({e})") from e
+        raise StoreError(f"{where}: statistics are malformed ({str(e)[:200]})") from e
