@@ -1,5 +1,9 @@
 """Shared fixtures: a small store with known content."""
 
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before torch imports Triton, which looks at it then
+
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path

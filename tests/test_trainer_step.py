@@ -154,6 +154,7 @@ def test_constants_are_gemma_scopes():
         "skip": False,
         "unit_mean_square": True,
         "compute": "float32",
+        "kernels": "torch",
         "bandwidth": 0.001,
         "lr": 7e-5,
         "lr_warmup_steps": 1_000,
