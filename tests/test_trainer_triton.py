@@ -104,6 +104,20 @@ def test_nan_shows_in_the_loss(path, monkeypatch):
     assert sae.loss_and_gradients(x, 0.02)[1].loss.isnan()
 
 
+@pytest.mark.parametrize("change", [{}, {"lazy_adam": True, "clip_norm": 1.0}])
+@pytest.mark.parametrize("n", [1, 5])
+def test_no_latent_active(n, change, monkeypatch):
+    sparsely(monkeypatch)
+    sae, x = random_sae(dataclasses.replace(TRITON, **change)), batch(n)
+    sae.threshold.fill_(5.0)
+    before, moments = {name: p.clone() for name, p in sae.parameters.items()}, second_moments(sae)
+    gradients, statistics = sae.loss_and_gradients(x, 0.02)
+    assert len(gradients[ROWS]) == 0 and not statistics.fired.any() and statistics.loss.isfinite()
+    update(sae, gradients, moments, step=0, rate=1e-3, recipe=sae.recipe)
+    assert torch.equal(sae.W_enc, before["W_enc"]) and torch.equal(sae.W_dec, before["W_dec"])
+    assert not torch.equal(sae.b_dec, before["b_dec"])
+
+
 def test_a_batch_with_too_many_pairs_is_done_densely(monkeypatch):
     """The pairs that do not fit are not written; the step is the dense one bit for bit."""
     sae, x = random_sae(TRITON), batch()
