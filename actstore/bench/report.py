@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,39 @@ class Report:
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
+PACKAGES = ("actstore", "numpy", "numcodecs", "zstandard", "numba", "torch", "transformers", "zarr", "fsspec")
+
+
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory (GiB) and the versions that matter."""
-    names = ("actstore", "numpy", "numcodecs", "zstandard", "numba", "torch", "zarr", "fsspec")
+    """Processor, cores, memory (GiB) and the versions that matter; a checkout that is not installed has none."""
     return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count() or 1,
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory GiB": round(psutil.virtual_memory().total / 2**30),
         "python": platform.python_version(),
-        **{n: version(n) for n in names},
+        **{name: _version(name) for name in PACKAGES},
     }
+
+
+def processor() -> str:
+    """The processor's name and its widest instructions, with the environment's limits on them."""
+    found = Path("/proc/cpuinfo")
+    lines = dict(line.split("\t")[:1] + line.split(": ")[1:2] for line in _lines(found) if ": " in line)
+    flags = lines.get("flags", lines.get("Features", "")).split()
+    widest = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd") if f in flags), None)
+    limits = [f"{n}={os.environ[n]}" for n in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if n in os.environ]
+    return ", ".join(filter(None, [lines.get("model name", platform.machine()), widest, *limits]))
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def rate(work: Callable[[], int], passes: int = PASSES) -> float:
