@@ -107,6 +107,10 @@ class Progress:
         """Begin a step of `total` units."""
         return Step(self, name, total, unit)
 
+    def say(self, line: str) -> None:
+        """Print a line, above the bars if there are any."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def __enter__(self) -> Self:
         """Show the live bars, if there is a terminal."""
         if self.console.is_terminal:

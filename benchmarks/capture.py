@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from actstore.bench import machine
 from actstore.capture.model import load_config, model_identity
+from actstore.capture.precision import attention_of
 from actstore.capture.segments import Work, open_segments, segment_prefix, work_of
 from actstore.capture.sites import check_sites, expand_sites
 from actstore.capture.worker import CALLS_IN_FLIGHT, Replica, ReplicaConfig
@@ -82,7 +83,7 @@ def new_store(
     """A store as `actstore capture` creates it, and the work that fills it."""
     config, table = load_config(model), open_tokens(tokens)
     widths = check_sites(config, expand_sites(sites.split(","), config), model)
-    identity = {"model": model_identity(model, config, "bfloat16")}
+    identity = {"model": model_identity(model, config, "bfloat16", attention_of(config))}
     spec = StoreSpec(
         sites={name: SiteSpec(d=d) for name, d in widths.items()},
         provenance=identity,
@@ -98,7 +99,9 @@ def new_store(
 def new_replica(model: str, out: Path, *, batch_size: int = BATCH_SIZE) -> Replica:
     """What a worker runs, with all cores, in this process."""
     threads = os.cpu_count() or 1
-    return Replica(ReplicaConfig(model, None, "bfloat16", "cpu", str(out), batch_size, threads))
+    return Replica(
+        ReplicaConfig(model, None, "bfloat16", attention_of(load_config(model)), "cpu", str(out), batch_size, threads)
+    )
 
 
 def drive(replica: Replica, works: Sequence[Work]) -> float:

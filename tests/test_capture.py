@@ -28,6 +28,7 @@ from actstore.capture import run as run_module
 from actstore.capture.bucket import bucket_rows
 from actstore.capture.forward import activations, decoder_of
 from actstore.capture.model import load_config, load_model, model_identity
+from actstore.capture.precision import saved_precision
 from actstore.errors import ActstoreError, CaptureError, MismatchError, TokensError
 from actstore.progress import Progress
 from actstore.store import open_store, open_writer
@@ -69,6 +70,7 @@ def config(folder, tmp_path):
         chunk_rows=64,
         threads=1,
         device="cpu",
+        dtype="bfloat16",
     )
 
 
@@ -154,7 +156,7 @@ def test_every_stored_row_is_what_transformers_computes(config, in_process, chan
 
 @pytest.mark.parametrize("encoding", ["bf16", "f32"])
 def test_a_float32_model_is_stored_exactly_or_rounded_to_nearest_even(config, folder, in_process, encoding):
-    config = replace(config, model=str(folder / "llama"), sites=("resid_post.0",), encoding=encoding)
+    config = replace(config, model=str(folder / "llama"), sites=("resid_post.0",), encoding=encoding, dtype="auto")
     capture(config, QUIET)
     check_store(config, attention="sdpa")
     if encoding == "bf16":
@@ -214,7 +216,7 @@ def test_other_weights_are_another_model(folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
     def identity(path):
-        return model_identity(str(path), load_config(str(path)), "auto")
+        return model_identity(str(path), load_config(str(path)), "bfloat16", "eager")
 
     model = AutoModelForCausalLM.from_pretrained(folder / "gemma")
     model.save_pretrained(tmp_path / "gemma")
@@ -238,7 +240,9 @@ def test_a_gguf_file_gives_the_same_ids_and_activations(tmp_path):
     assert tokenizer.encode(TEXTS) == [reference(t, add_special_tokens=False)["input_ids"] for t in TEXTS]
     reference.save_pretrained(tmp_path / "reference")
     assert tokenizer.digest == load_tokenizer(str(tmp_path / "reference")).digest
-    assert model_identity(path, load_config(path), "auto")["dtype"] == "float32"
+    assert saved_precision(path, load_config(path)) is None
+    cut = activations(load_model(path, layers=3), ids, sites)
+    assert all(torch.equal(cut[name], expected[name]) for name in cut)
 
 
 def test_a_worker_with_another_model_is_refused(config, folder, in_process, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
-    save(folder / "gemma", "gemma2", torch.bfloat16, TEXTS)
+    save(folder / "gemma", "gemma2", torch.float32, TEXTS)
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     source = {"sources": (str(text),), "tokenizer": str(folder / "gemma")}

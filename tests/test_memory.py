@@ -94,19 +94,19 @@ def test_the_model_counts_where_it_is():
     assert gpu.row == cpu.row
 
 
-def test_layers_behind_the_deepest_site_count_only_where_malloc_keeps_them(monkeypatch):
+def test_layers_behind_the_deepest_site_do_not_count_and_the_head_only_where_malloc_keeps_it(monkeypatch):
     config = config_of("llama", num_hidden_layers=8)
-    whole, kept = memory.parameter_bytes(config, 2, SPEC)
-    assert kept == whole
+    layer, head = (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 96 + 2 * 48) * 2, 2000 * 48 * 2
+    whole = memory.parameter_bytes(config, 2)
     assert config.num_hidden_layers == 8
+    assert memory.kept_bytes(config, 2, SPEC) == whole - 6 * layer
     monkeypatch.setattr(memory, "KEPT_BY_MALLOC", 0)
-    layer = (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 96 + 2 * 48) * 2
-    assert whole - memory.parameter_bytes(config, 2, SPEC)[1] == 6 * layer + 2000 * 48 * 2  # and the unembedding
+    assert memory.kept_bytes(config, 2, SPEC) == whole - 6 * layer - head
 
 
 def test_a_gguf_file_s_weights_exist_twice_while_they_are_loaded():
     config = config_of("llama", vocab_size=1 << 22)
-    whole, _ = memory.parameter_bytes(config, 2, SPEC)
+    whole = memory.parameter_bytes(config, 2)
     small = replace(SPEC, rows=2048)
     assert needs(small, config, **SHAPE, gguf=True).total == memory.PROCESS + 2 * whole
     assert needs(small, config, **SHAPE).total < memory.PROCESS + 2 * whole
@@ -171,7 +171,7 @@ model, store = sys.argv[1:]
 writer = open_writer(store)
 segment = open_segments(writer.storage, writer.spec)[0]
 *works, short = work_of(writer.spec, 0, segment, row_starts(segment.tokens), range(3))
-replica = Replica(ReplicaConfig(model, None, "float32", "cpu", store, 8, 1))
+replica = Replica(ReplicaConfig(model, None, "float32", "default", "cpu", store, 8, 1))
 replica.capture(short)
 before, full, write = peak(), threading.Barrier(2), StoreWriter.write_arrays
 
@@ -203,7 +203,7 @@ def test_two_full_buckets_take_what_the_formula_says(tmp_path):
         rows=2 * rows + 4096,
         bucket_rows=rows,
         shard_rows=4096,
-        provenance={"model": model_identity(model, config, "float32")},
+        provenance={"model": model_identity(model, config, "float32", "default")},
     )
     writer = create_store(tmp_path / "store", spec)
     copy_tokens(open_tokens(out), writer.storage)

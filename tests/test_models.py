@@ -1,16 +1,19 @@
 """Models: what is loaded, what is refused before weights are read, and passes that cross devices."""
 
 import copy
+import re
 
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
+from safetensors.torch import load_file, save_file
 from tiny import LAYERS, config_of, model_of
 from torch import nn
 
 from actstore.capture.forward import activations, decoder_of
-from actstore.capture.model import load_config, load_model, resolve_dtype
-from actstore.capture.sites import ARCHITECTURES, expand_sites
+from actstore.capture.model import load_config, load_model
+from actstore.capture.precision import saved_precision
+from actstore.capture.sites import ARCHITECTURES, expand_sites, parse_sites
 from actstore.errors import CaptureError
 
 IDS = torch.randint(3, 2000, (2, 16), generator=torch.Generator().manual_seed(2))
@@ -34,12 +37,27 @@ def same(found, expected) -> bool:
 def test_a_saved_model_is_loaded_as_it_was(tmp_path, kind):
     model = model_of(kind, torch.bfloat16)
     model.save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path))
-    assert resolve_dtype(str(tmp_path), load_config(str(tmp_path)), "auto") == torch.bfloat16
+    loaded = load_model(str(tmp_path), "bfloat16")
+    assert saved_precision(str(tmp_path), load_config(str(tmp_path))) == "bfloat16"
     sites = expand_sites("all", model.config)
     assert same(activations(loaded, IDS, sites), activations(model, IDS, sites))
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_weights_of_layers_that_no_site_needs_are_never_read(tmp_path, kind):
+    """They are not even in the file."""
+    model = model_of(kind)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if not re.search(r"(?<!encoder\.)layers\.[23]\.", name)}
+    assert len(weights) - len(kept) == 2 * len([n for n in weights if "layers.1." in n and "encoder" not in n])
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CaptureError, match="weights are missing"):
+        load_model(str(tmp_path), layers=3)
+    sites = parse_sites("resid_pre.0,resid_post.1,mlp_out.0,attn_out.1,mlp_in.1")
+    assert same(activations(load_model(str(tmp_path), layers=2), IDS, sites), activations(model, IDS, sites))
 
 
 @pytest.mark.parametrize("device", ["balanced", "cpu"])
@@ -47,7 +65,7 @@ def test_placement_changes_no_value(tmp_path, device):
     model = model_of("gemma2")
     model.save_pretrained(tmp_path)
     sites = expand_sites("all", model.config)
-    found = activations(load_model(str(tmp_path), device=device), IDS, sites)
+    found = activations(load_model(str(tmp_path), device=device, attention="eager"), IDS, sites)
     assert same(found, activations(model, IDS, sites))
 
 

@@ -39,7 +39,7 @@ SITES = ("resid_post.1", "mlp_out.0", "attn_out.1", "resid_pre.0")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repair")
-    save(folder / "gemma", "gemma2", torch.bfloat16, TEXTS)
+    save(folder / "gemma", "gemma2", torch.float32, TEXTS)
     for name, texts in (("text", TEXTS), ("more", [t.replace("fox", "cat") for t in TEXTS])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     make_tokens(folder, "tokens", "text.jsonl")
@@ -179,7 +179,7 @@ def test_another_model_is_refused(config, mender, tmp_path):
     flip(Path(config.out) / "resid_post.1/c/3/0")
     with pytest.raises(CaptureError, match="model gemma: no such directory"):
         repair(config.out, replace(mender, model=None), QUIET)  # "gemma" was a directory
-    save(tmp_path / "other", "gemma2", torch.float32, TEXTS)
+    save(tmp_path / "other", "gemma2", torch.bfloat16, TEXTS)
     with pytest.raises(MismatchError, match="the model on this worker differs: weights is"):
         repair(config.out, replace(mender, model=str(tmp_path / "other")), QUIET)
     assert verify(open_storage(config.out), deep=True).damage

@@ -4,6 +4,7 @@ Proofs run for every architecture of the table, in float32 and bfloat16, with ea
 """
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from tiny import LAYERS, VOCAB, config_of, model_of
 from torch.nn.functional import embedding
 
 from actstore.capture.forward import activations, decoder_of, left_padding
-from actstore.capture.model import attention_of, truncate
+from actstore.capture.model import without_head
+from actstore.capture.precision import attention_of
 from actstore.capture.sites import ARCHITECTURES, KINDS, check_sites, expand_sites, parse_sites
 
 SOFT_CAPPED = {"gemma2"}
@@ -160,8 +162,12 @@ def test_many_sites_in_one_pass_are_what_each_is_alone(kind, ids):
         assert torch.equal(found[site.name], alone)
 
 
-def test_only_soft_capped_attention_is_forced_to_be_eager():
-    assert {kind for kind in ARCHITECTURES if attention_of(config_of(kind)) == "eager"} == SOFT_CAPPED
+def test_only_soft_capped_attention_is_chosen_and_by_device():
+    chosen = {kind: attention_of(config_of(kind)) for kind in ARCHITECTURES}
+    assert {kind for kind, attention in chosen.items() if attention == "eager"} == SOFT_CAPPED
+    assert {a for kind, a in chosen.items() if kind not in SOFT_CAPPED} == {"default"}
+    on_gpu = {attention_of(config_of(kind), "cuda") for kind in SOFT_CAPPED}
+    assert on_gpu == {"flex_attention" if importlib.util.find_spec("triton") else "eager"}
 
 
 def test_keyword_calls_and_tuples_as_other_versions_of_transformers_have_them(ids, monkeypatch):
@@ -220,16 +226,28 @@ def test_shapes_are_checked(ids):
 
 
 @each
-def test_truncation_changes_nothing_below(kind, ids):
+def test_a_model_without_its_head_has_the_same_sites(kind, ids):
     model = copy.deepcopy(model_of(kind))
-    sites = parse_sites("resid_pre.0,resid_post.1,mlp_out.0,attn_out.1,mlp_in.1")
-    whole = activations(model, ids, sites)
-    truncate(model, 1)
+    whole = activations(model, ids, ALL)
+    without_head(model)
     kept = {n for n, p in model.named_parameters() if "layers." not in n or "vision" in n}
     assert {n.rpartition("model.")[2] for n in kept} == {"embed_tokens.weight", "norm.weight"}
-    assert len(decoder_of(model).layers) == 2
-    cut = activations(model, ids, sites)
+    cut = activations(model, ids, ALL)
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.slow  # compiles attention for the processor
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_flex_attention_caps_logits_as_eager_attention_does(ids):
+    padded = ids.clone()
+    padded[1, :10] = 0
+    expected, found = (
+        activations(model_of("gemma2", attention=a), padded, ALL, pad_id=0, bos_id=1)
+        for a in ("eager", "flex_attention")
+    )
+    rows = padded != 0
+    for name in NAMES:
+        torch.testing.assert_close(found[name][rows], expected[name][rows], rtol=1e-4, atol=1e-5)
 
 
 @each_attention

@@ -58,11 +58,12 @@ def model_of(
     """A random model with norms and biases that are not at their neutral values; attention as `load_model` has it."""
     from transformers import AutoModelForCausalLM
 
-    from actstore.capture.model import attention_of
+    from actstore.capture.precision import attention_of
 
     config = config_of(kind, **changes)
+    attention = attention or attention_of(config)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or attention_of(config))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=None if attention == "default" else attention)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.05))

@@ -2,7 +2,8 @@
 
 Rows go straight to their permuted place, so the shuffle inside a bucket costs no extra pass over memory. Copying a
 batch off the device and putting its rows in place goes on while the next batch's forward pass runs; at most
-`BATCHES_IN_FLIGHT` batches wait for it.
+`BATCHES_IN_FLIGHT` batches wait for it. On a GPU nothing in the loop waits for the device: ids and row numbers are
+pinned once a bucket and copied once a batch, and activations come back into pinned memory on a stream of their own.
 """
 
 from collections import deque
@@ -49,6 +50,7 @@ def bucket_rows(
     `advance` is called with the number of rows of each finished batch.
     """
     rows = rows_in(ids, rule, span)
+    tokens, kept = _pinned(model, ids.astype(np.int64), _kept(rows, span, ids.shape[1]) % (batch_size * ids.shape[1]))
     arrays: dict[str, NDArray[Any]] = {}
     flight: deque[Future[None]] = deque()
 
@@ -60,14 +62,17 @@ def bucket_rows(
 
     with ThreadPoolExecutor(1, thread_name_prefix="actstore-place") as placer:
         for start in range(0, len(ids), batch_size):
-            batch = ids[start : start + batch_size].astype(np.int64)
+            batch = tokens[start : start + batch_size]
             first = span.first_sequence + start
             i, j = np.searchsorted(rows.sequence, (first, first + len(batch)))
-            chosen = torch.from_numpy((rows.sequence[i:j].astype(np.int64) - first) * ids.shape[1] + rows.position[i:j])
-            found = activations(model, torch.from_numpy(batch), sites, pad_id=padding[0], bos_id=padding[1])
+            found = activations(model, batch, sites, pad_id=padding[0], bos_id=padding[1])
+            chosen: dict[torch.device, Tensor] = {}  # a model over several GPUs has sites on each
             for name in list(found):
                 values = found.pop(name)  # or a batch's activations stay until the next one's are there
-                picked = values.flatten(0, 1)[chosen.to(values.device)].to(raw_dtype(encoding, values.dtype))
+                if values.device not in chosen:
+                    chosen[values.device] = kept[i:j].to(values.device, non_blocking=True)
+                picked = values.flatten(0, 1).index_select(0, chosen[values.device])
+                picked = picked.to(raw_dtype(encoding, values.dtype))
                 flight.append(placer.submit(put, name, _to_host(picked), place[i:j]))
             while len(flight) > (BATCHES_IN_FLIGHT - 1) * len(sites):
                 flight.popleft().result()
@@ -75,6 +80,17 @@ def bucket_rows(
         for waiting in flight:
             waiting.result()
     return arrays, Rows(*(_permuted(column, place) for column in (rows.sequence, rows.position, rows.token_id)))
+
+
+def _kept(rows: Rows, span: Span, seq_len: int) -> NDArray[np.int64]:
+    """Number of each row's token among all tokens of the bucket's sequences."""
+    return (rows.sequence.astype(np.int64) - span.first_sequence) * seq_len + rows.position
+
+
+def _pinned(model: nn.Module, *arrays: NDArray[np.int64]) -> tuple[Tensor, ...]:
+    """Tensors of these arrays, in pinned memory if the model is on a GPU: only that is copied without waiting."""
+    on_gpu = next(model.parameters()).is_cuda
+    return tuple(torch.from_numpy(a).pin_memory() if on_gpu else torch.from_numpy(a) for a in arrays)
 
 
 def _to_host(values: Tensor) -> Callable[[], Tensor]:

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from actstore.capture.config import WorkersConfig
 from actstore.errors import CaptureError
@@ -16,6 +18,8 @@ _OBJECT_STORE_BYTES = 100_000_000
 """Ray's own memory; no activation goes through it."""
 _OURS = "ACTSTORE_"
 """Environment variables of this beginning go to the workers of a running cluster."""
+_NO_BFLOAT16 = {f"accelerator_type:{name}" for name in ("V100", "P100", "T4", "P4", "K80")}
+"""Ray's resources for NVIDIA GPUs without bfloat16 products: those before compute capability 8.0."""
 
 
 @contextmanager
@@ -78,14 +82,48 @@ def runtime_environment(config: WorkersConfig) -> dict[str, Any]:
     return found
 
 
-def placement(ray: Any, config: WorkersConfig) -> tuple[str, int]:
-    """Torch device of every replica, and GPUs to reserve for it; `CaptureError` if there can be none."""
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if gpus or config.devices_per_worker > 1 else "cpu"
+@dataclass(frozen=True)
+class Device:
+    """What the replicas of a run compute on."""
+
+    kind: Literal["cpu", "cuda"]
+    bfloat16: bool
+    """Whether its GPUs have bfloat16 products; False for a CPU."""
+
+
+def choose_device(config: WorkersConfig) -> Device:
+    """What replicas will run on: what was asked, else GPUs where the machine or the cluster has any.
+
+    The command asks once, before the store's spec is made, because precision follows from it.
+    """
+    if config.device == "cpu":
+        return Device("cpu", bfloat16=False)
+    if config.address is None and not _joined():
+        import torch
+
+        has = torch.cuda.is_available()
+        if config.device == "cuda" and not has:
+            raise CaptureError("device cuda: torch finds no GPU on this machine; use --device cpu, or torch with CUDA")
+        bfloat16 = has and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        with ray_for(config, 1) as ray:
+            resources = ray.cluster_resources()
+        has, bfloat16 = resources.get("GPU", 0) > 0, not _NO_BFLOAT16 & resources.keys()
+    gpu = has or config.device == "cuda" or config.devices_per_worker > 1
+    return Device("cuda", bfloat16) if gpu else Device("cpu", bfloat16=False)
+
+
+def _joined() -> bool:
+    """Whether the caller has started Ray or joined a cluster already."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def placement(ray: Any, config: WorkersConfig, device: str) -> tuple[str, int]:
+    """Torch device of every replica, and GPUs to reserve for it; `CaptureError` if Ray has too few."""
     if device == "cpu":
         return "cpu", 0
+    gpus = ray.cluster_resources().get("GPU", 0.0)
     if gpus < config.devices_per_worker:
         raise CaptureError(
             f"device {device} with {config.devices_per_worker} GPUs per worker: Ray has {gpus:g} GPUs; use fewer "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Precision = Literal["bfloat16", "float16", "float32"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -59,7 +60,8 @@ class CaptureConfig(WorkersConfig):
     batch_size: int = 8
     """Sequences per forward pass."""
     dtype: DType = "auto"
-    """Precision of the forward pass; auto: as the model was saved."""
+    """Precision of the forward pass. auto: as the store was begun; else bfloat16 on a GPU that has it, and on a CPU
+    float32 unless the model was saved in bfloat16 and the processor has bfloat16 products."""
     encoding: str = "bf16"
     """bf16, exact for a bfloat16 model, else rounded to nearest even; f32; or fixed:EPS, which adds an FVU of EPS."""
     codec: Literal["planes", "blosc", "none"] = "planes"

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from actstore.capture.cluster import placement, ray_for, runtime_environment
-from actstore.capture.config import DType, WorkersConfig
+from actstore.capture.config import WorkersConfig
 from actstore.capture.events import event_log
 from actstore.capture.memory import check_memory, needs
 from actstore.capture.pool import Pool
+from actstore.capture.precision import Choice
 from actstore.capture.segments import Work
 from actstore.capture.worker import BucketSummary, ReplicaConfig
 from actstore.progress import Progress, Step, scaled
@@ -51,7 +52,7 @@ class Outcome:
     """Buckets taken back from dead workers and captured again."""
 
 
-_NOTHING = Outcome(
+NOTHING = Outcome(
     buckets=0,
     rows_captured=0,
     bytes_stored=0,
@@ -73,7 +74,7 @@ class Plan:
 
     config: WorkersConfig
     model: str
-    dtype: DType
+    choice: Choice
     batch_size: int
     store: str
 
@@ -88,18 +89,18 @@ class Plan:
 
     def check_memory(self, spec: StoreSpec, seq_len: int, model_config: Any) -> None:
         """Refuse what does not fit, if the workers run on this machine; on a cluster each checks its own."""
-        from actstore.capture.model import resolve_dtype
+        import torch
 
         if self.config.address is None:
             needed = needs(
                 spec,
                 model_config,
-                dtype_bytes=resolve_dtype(self.model, model_config, self.dtype).itemsize,
+                dtype_bytes=getattr(torch, self.choice.dtype).itemsize,
                 seq_len=seq_len,
                 batch_size=self.batch_size,
                 threads=self.threads,
                 local=isinstance(open_storage(self.store), LocalStorage),
-                on_gpu=self.config.device == "cuda" or self.config.devices_per_worker > 1,
+                on_gpu=self.choice.device != "cpu",
                 gguf=self.model.endswith(".gguf"),
             )
             check_memory(needed, self.config.workers, spec.shard_rows)
@@ -114,15 +115,16 @@ def execute(
     began = time.monotonic()
     if not work:
         writer.finalise()
-        return _NOTHING
+        return NOTHING
     rows = sum(w.span.rows for w in work)
     display = _Display(progress.step(verb, total=rows, unit="rows"), writer.spec, len(work))
     with event_log(writer.storage) as log, ray_for(plan.config, plan.threads) as ray:
-        device, gpus = placement(ray, plan.config)
+        device, gpus = placement(ray, plan.config, plan.choice.device)
         replica = ReplicaConfig(
             model=plan.model,
             revision=revision_of(model_config),
-            dtype=plan.dtype,
+            dtype=plan.choice.dtype,
+            attention=plan.choice.attention,
             device=device,
             store=plan.store,
             batch_size=plan.batch_size,

@@ -41,8 +41,9 @@ def activations(
 ) -> dict[str, Float[Tensor, "sequences seq_len _"]]:
     """Activations of every site, by name, each [sequences, seq_len, d], on the device where they arose.
 
-    With `pad_id`, tokens behind a leading run of it get what they have without the run, within rounding; see
-    `left_padding` for `bos_id`. What sites hold at padding is finite and means nothing.
+    `ids` are on the host: padding is looked for there, so that nothing waits for a device. With `pad_id`, tokens behind
+    a leading run of it get what they have without the run, within rounding; see `left_padding` for `bos_id`. What sites
+    hold at padding is finite and means nothing.
     """
     decoder = decoder_of(model)
     hooks = hooks_of(model.config.model_type)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
@@ -50,7 +51,8 @@ def activations(
     masks = {} if pad_id is None else _masks(left_padding(ids, pad_id, bos_id), ids.shape[1])
     with _hooked(decoder.layers, hooks, sites) as found:
         try:
-            decoder(input_ids=ids.to(device), use_cache=False, **{k: v.to(device) for k, v in masks.items()})
+            masks = {name: mask.to(device) for name, mask in masks.items()}
+            decoder(input_ids=ids.to(device, non_blocking=True), use_cache=False, **masks)
         except _CompleteError:
             return found
     raise AssertionError(f"the forward pass ended without {[s.name for s in sites if s.name not in found]}")

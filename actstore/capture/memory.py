@@ -4,7 +4,8 @@
                    + 52)                    provenance: 12 of a row that is written; of one being filled its id (4), its
                                             place (8), and sequence, position and token in both orders (28)
     (threads + puts) * largest shard        shards that are being encoded or put
-    parameters                              up to the deepest layer, and what malloc keeps of the rest: all below 32 MiB
+    parameters                              up to the deepest layer, and what malloc keeps of a head that is loaded and
+                                            freed: tensors below 32 MiB
     3 * batch_size * seq_len * sum(d) * ..  activations: of the pass that runs, and of batches that wait for their place
     one layer's widest moment               the MLP's inner tensors, or eager attention's seq_len^2 logits (Gemma 2)
     PROCESS                                 Python, torch, transformers, their compiled kernels and scratch, and Ray
@@ -74,8 +75,8 @@ def needs(
     held = (BATCHES_IN_FLIGHT + on_cpu) * batch_size * seq_len * width
     fixed, loading = PROCESS + buffers + held, 0
     if on_cpu or where.get("gguf"):
-        whole, kept = parameter_bytes(model_config, dtype_bytes, spec)
-        loading = PROCESS + 2 * whole if where.get("gguf") else 0
+        kept = kept_bytes(model_config, dtype_bytes, spec)
+        loading = PROCESS + 2 * parameter_bytes(model_config, dtype_bytes) if where.get("gguf") else 0
         fixed += (kept + _pass_bytes(model_config, batch_size, seq_len, dtype_bytes)) * on_cpu
     row = 2 * width + PROVENANCE_BYTES
     return Needs(row=row, bucket_rows=min(spec.bucket_rows, spec.rows), fixed=fixed, loading=loading)
@@ -91,7 +92,7 @@ def _pass_bytes(model_config: Any, batch_size: int, seq_len: int, dtype_bytes: i
     MLP: its two inner tensors and some copies of the residual stream. Eager attention: logits as computed, in float32
     (the same ones if that is the model's precision) and their softmax in float32.
     """
-    from actstore.capture.model import attention_of
+    from actstore.capture.precision import attention_of
 
     text = model_config.get_text_config()
     mlp = batch_size * seq_len * (2 * text.intermediate_size + 6 * text.hidden_size) * dtype_bytes
@@ -101,20 +102,30 @@ def _pass_bytes(model_config: Any, batch_size: int, seq_len: int, dtype_bytes: i
     return max(mlp, logits * (8 + dtype_bytes % 4))
 
 
-def parameter_bytes(model_config: Any, dtype_bytes: int, spec: StoreSpec) -> tuple[int, int]:
-    """Of the whole model, and what stays once it is cut off after the deepest site's; without loading it."""
+def parameter_bytes(model_config: Any, dtype_bytes: int) -> int:
+    """Of the whole model."""
+    return sum(p.numel() * dtype_bytes for p in _without_weights(model_config).parameters())
+
+
+def kept_bytes(model_config: Any, dtype_bytes: int, spec: StoreSpec) -> int:
+    """What stays of the parameters that a worker loads, once those that no site needs are freed."""
+    from actstore.capture.model import with_layers, without_head
+    from actstore.capture.sites import num_layers, parse_sites
+
+    model = _without_weights(with_layers(model_config, num_layers(parse_sites(spec.sites))))
+    sizes = {name: p.numel() * dtype_bytes for name, p in model.named_parameters()}
+    without_head(model)
+    left = {name for name, _ in model.named_parameters()}
+    return sum(n for name, n in sizes.items() if name in left or n <= KEPT_BY_MALLOC)
+
+
+def _without_weights(model_config: Any) -> Any:
+    """The model's modules on device `meta`."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from actstore.capture.model import truncate
-    from actstore.capture.sites import parse_sites
-
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(deepcopy(model_config))  # which `truncate` changes
-    sizes = {name: p.numel() * dtype_bytes for name, p in model.named_parameters()}
-    truncate(model, max(site.layer for site in parse_sites(spec.sites)))
-    left = {name for name, _ in model.named_parameters()}
-    return sum(sizes.values()), sum(n for name, n in sizes.items() if name in left or n <= KEPT_BY_MALLOC)
+        return AutoModelForCausalLM.from_config(deepcopy(model_config))  # which fills in defaults
 
 
 def check_memory(needed: Needs, workers: int, shard_rows: int, *, resident: int = 0) -> None:

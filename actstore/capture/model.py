@@ -1,13 +1,14 @@
 """Language models: find, identify, load, and cut off what no site needs.
 
-Weights are read from safetensors or GGUF only, and code from a model's repository is never run. A model whose attention
-soft-caps its logits (Gemma 2) gets the eager implementation: the fused ones leave the cap out.
+Weights are read from safetensors or GGUF only, and code from a model's repository is never run. Layers that no site
+needs are cut from the configuration, so that their weights are never read.
 """
 
 import hashlib
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 
 from actstore.builtin import model_path
-from actstore.capture.config import DType
+from actstore.capture.config import Precision
 from actstore.capture.forward import decoder_of
+from actstore.capture.precision import attention_of
 from actstore.capture.sites import hooks_of
 from actstore.errors import CaptureError, TokensError
 from actstore.tokens.tokenizer import hub_is_out_of_reach, load_tokenizer, one_line, public_name
@@ -35,26 +37,46 @@ def load_config(name: str) -> Any:
         return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
 
 
-def load_model(name: str, dtype: DType = "auto", device: str = "cpu", revision: str | None = None) -> Any:
+def load_model(
+    name: str,
+    dtype: Precision = "float32",
+    device: str = "cpu",
+    *,
+    revision: str | None = None,
+    attention: str | None = None,
+    layers: int | None = None,
+) -> Any:
     """A causal language model ready for inference.
 
-    `name` is a hub id, a local directory or a .gguf file; `device` a torch device, or `balanced` to spread the layers
-    over all GPUs. `CaptureError` in one line if the model is missing, incomplete, of no known form or too big for the
-    GPUs; `ValueError`, before weights are read, if its architecture has no table of sites.
+    `CaptureError` in one line if the model is missing, incomplete, of no known form or too big for the GPUs;
+    `ValueError`, before weights are read, if its architecture has no table of sites.
+
+    Args:
+        name: a hub id, a local directory or a .gguf file.
+        dtype: precision of all parameters.
+        device: a torch device, or balanced to spread the layers over all GPUs.
+        revision: the hub's commit, tag or branch; default main.
+        attention: as `attention_of` gives it, which is the default.
+        layers: load the first so many layers only; the model can't predict then.
+
     """
     from transformers import AutoModelForCausalLM
 
     where, options = _locate(name)
     config = load_config(name)
     hooks_of(config.model_type)
+    attention = attention or attention_of(config, device)
+    if layers is not None:
+        config = with_layers(config, layers)
     local = model_path(name)
     if local.is_dir():
         _weight_files(name)
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
-            dtype=resolve_dtype(name, config, dtype),
-            attn_implementation=attention_of(config),
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=None if attention == "default" else attention,
             device_map=None if device == "cpu" else device,
             revision=revision or "main",
             use_safetensors=None if local.is_file() else True,
@@ -74,11 +96,21 @@ def load_model(name: str, dtype: DType = "auto", device: str = "cpu", revision: 
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def truncate(model: nn.Module, deepest_layer: int) -> None:
-    """Free the layers after `deepest_layer`, the unembedding and a vision tower; the model can't predict afterwards."""
+def with_layers(config: Any, layers: int) -> Any:
+    """A copy of a `transformers` configuration with the first `layers` layers: of the model, and of lists by layer."""
+    cut = deepcopy(config)
+    text = cut.get_text_config()
+    before = text.num_hidden_layers
+    lists = [n for n, v in vars(text).items() if "layer" in n and isinstance(v, list) and len(v) == before]
+    text.num_hidden_layers = min(layers, before)
+    for name in lists:
+        setattr(text, name, getattr(text, name)[:layers])
+    return cut
+
+
+def without_head(model: nn.Module) -> None:
+    """Free the unembedding and a vision tower, which no site needs; the model can't predict afterwards."""
     decoder = decoder_of(model)
-    del decoder.layers[deepest_layer + 1 :]
-    decoder.config.num_hidden_layers = len(decoder.layers)
     if hasattr(model, "lm_head"):
         model.lm_head = nn.Identity()
     whole: Any = model.base_model
@@ -87,20 +119,7 @@ def truncate(model: nn.Module, deepest_layer: int) -> None:
             setattr(whole, part, nn.Identity())
 
 
-def attention_of(config: Any) -> str | None:
-    """`eager` where logits are soft-capped, else None: the default of `transformers`."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
-
-
-def resolve_dtype(name: str, config: Any, dtype: DType) -> torch.dtype:
-    """The forward pass's precision; auto is what the model was saved in, float32 where that is not recorded (GGUF)."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return saved if isinstance(saved, torch.dtype) and not name.endswith(".gguf") else torch.float32
-
-
-def model_identity(name: str, config: Any, dtype: DType) -> dict[str, Any]:
+def model_identity(name: str, config: Any, dtype: Precision, attention: str) -> dict[str, Any]:
     """What a store's provenance says about the model: no machine's path, and the same on every machine.
 
     `weights` is the hub's commit, or a digest of size and 64 samples of every local weight file.
@@ -111,8 +130,8 @@ def model_identity(name: str, config: Any, dtype: DType) -> dict[str, Any]:
         "type": config.model_type,
         "config": _digest(json.dumps(settings, sort_keys=True, default=str).encode()),
         "weights": revision_of(config) or _digest(*(part for file in _weight_files(name) for part in _sample(file))),
-        "dtype": str(resolve_dtype(name, config, dtype)).removeprefix("torch."),
-        "attention": attention_of(config) or "default",
+        "dtype": dtype,
+        "attention": attention,
         "torch": version("torch").partition("+")[0],
         "transformers": version("transformers"),
     }

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from actstore.builtin import model_path
+from actstore.capture.cluster import choose_device
 from actstore.capture.config import RepairConfig
-from actstore.capture.execute import Outcome, Plan, execute
+from actstore.capture.execute import NOTHING, Outcome, Plan, execute
+from actstore.capture.precision import choose
 from actstore.capture.segments import Work, open_segments, work_of
 from actstore.capture.sites import check_sites, parse_sites
 from actstore.errors import StoreError
@@ -53,8 +55,11 @@ def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
     plan, model_config = _plan(config, root, spec) if found.buckets else (None, None)
     mend_metadata(storage, spec, found.derived)
     if plan is None:
-        plan = Plan(config=config, model="", dtype="auto", batch_size=1, store=root)
-    outcome = execute(plan, writer, _work(writer, found.buckets), model_config, progress, verb="repair")
+        writer.finalise()
+        outcome = NOTHING
+    else:
+        progress.say(str(plan.choice))
+        outcome = execute(plan, writer, _work(writer, found.buckets), model_config, progress, verb="repair")
     if damage and (left := verify(storage, deep=False).damage):
         raise StoreError(f"{storage.url}: {left[0].key} is still damaged: {left[0].problem}; repair it again")
     return RepairSummary(
@@ -77,8 +82,9 @@ def _plan(config: RepairConfig, url: str, spec: StoreSpec) -> tuple[Plan, Any]:
     model = str(path.resolve()) if path.exists() and name != "builtin" else name
     model_config = load_config(model)
     check_sites(model_config, parse_sites(spec.sites), model)
-    plan = Plan(config=config, model=model, dtype=about["dtype"], batch_size=batch_size, store=url)
-    return plan, model_config
+    device = choose_device(config)
+    choice = choose("auto", None, model_config, device=device.kind, bfloat16_gpu=device.bfloat16, recorded=about)
+    return Plan(config=config, model=model, choice=choice, batch_size=batch_size, store=url), model_config
 
 
 _DTYPES = ("bfloat16", "float16", "float32")

@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actstore.builtin import NAME, model_path
+from actstore.capture.cluster import choose_device
 from actstore.capture.config import CaptureConfig
 from actstore.capture.execute import Outcome, Plan, execute
+from actstore.capture.precision import Choice, choose, saved_precision
 from actstore.capture.segments import open_segments, segment_prefix, work_of
 from actstore.capture.sites import check_sites, expand_sites
 from actstore.errors import CaptureError, mismatch
 from actstore.progress import Progress
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store, open_writer
-from actstore.store.manifest import extents_apart, read_spec
+from actstore.store.manifest import GROUP_KEY, extents_apart, read_spec
 from actstore.store.resize import extend, extensions
 from actstore.store.spec import comparable
 from actstore.store.storage import LocalStorage, open_storage
@@ -35,6 +37,8 @@ class CaptureSummary(Outcome):
     """Rows of the store, now complete."""
     buckets_before: int
     """Committed when this run began."""
+    device: str
+    dtype: str
 
 
 def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
@@ -50,8 +54,11 @@ def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
     tokens = open_tokens(config.tokens)
     _check_tokens(config, tokens, model_config)
     starts = row_starts(tokens)
-    spec = _store_spec(config, widths, tokens, min(config.rows or int(starts[-1]), int(starts[-1])), model_config)
-    plan = Plan(config=config, model=config.model, dtype=config.dtype, batch_size=config.batch_size, store=config.out)
+    choice = _choose(config, model_config)
+    progress.say(str(choice))
+    rows = min(config.rows or int(starts[-1]), int(starts[-1]))
+    spec = _store_spec(config, widths, tokens, rows, model_config, choice)
+    plan = Plan(config=config, model=config.model, choice=choice, batch_size=config.batch_size, store=config.out)
     plan.check_memory(spec, tokens.seq_len, model_config)
     _check_disk(config.out, spec)
     writer = _extended(config, spec) if config.extend else create_store(config.out, spec)
@@ -62,7 +69,27 @@ def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
     buckets = (b for b in range(segment.first_bucket, segment.stop_bucket) if b not in before)
     work = work_of(writer.spec, index, segment, starts, buckets)
     outcome = execute(plan, writer, work, model_config, progress, verb="capture")
-    return CaptureSummary(store=writer.url, rows=writer.spec.planned_rows, buckets_before=len(before), **vars(outcome))
+    return CaptureSummary(
+        store=writer.url,
+        rows=writer.spec.planned_rows,
+        buckets_before=len(before),
+        device=choice.device,
+        dtype=choice.dtype,
+        **vars(outcome),
+    )
+
+
+def _choose(config: CaptureConfig, model_config: Any) -> Choice:
+    """Device, precision and attention of the run; what the store at `out` was begun with, if it exists."""
+    storage, device = open_storage(config.out), choose_device(config)
+    return choose(
+        config.dtype,
+        saved_precision(config.model, model_config),
+        model_config,
+        device=device.kind,
+        bfloat16_gpu=device.bfloat16,
+        recorded=read_spec(storage).provenance.get("model") if storage.exists(GROUP_KEY) else None,
+    )
 
 
 def _extended(config: CaptureConfig, wanted: StoreSpec) -> StoreWriter:
@@ -124,7 +151,7 @@ def _check_tokens(config: CaptureConfig, tokens: TokenTable, model_config: Any) 
 
 
 def _store_spec(
-    config: CaptureConfig, widths: dict[str, int], tokens: TokenTable, rows: int, model_config: Any
+    config: CaptureConfig, widths: dict[str, int], tokens: TokenTable, rows: int, model_config: Any, choice: Choice
 ) -> StoreSpec:
     from actstore.capture.model import model_identity
 
@@ -137,7 +164,7 @@ def _store_spec(
         seed=config.seed,
         codec=config.codec,
         provenance={
-            "model": model_identity(config.model, model_config, config.dtype),
+            "model": model_identity(config.model, model_config, choice.dtype, choice.attention),
             "tokens": {
                 "fingerprint": tokens.fingerprint,
                 "tokenizer": tokens.tokenizer,
@@ -160,7 +187,7 @@ def _unusual(tokens: TokenTable) -> dict[str, Any]:
 def _check_disk(out: str, spec: StoreSpec) -> None:
     """Refuse to begin what can't fit on a local disk, unless it was begun already."""
     storage = open_storage(out)
-    if not isinstance(storage, LocalStorage) or storage.exists("zarr.json"):
+    if not isinstance(storage, LocalStorage) or storage.exists(GROUP_KEY):
         return
     there = next(p for p in (storage.root, *storage.root.parents) if p.exists())
     free = shutil.disk_usage(there).free

@@ -121,6 +121,11 @@ def parse_sites(names: str | Iterable[str]) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def num_layers(sites: Iterable[Site]) -> int:
+    """How many layers a model must run for these sites."""
+    return 1 + max(site.layer for site in sites)
+
+
 def _split(names: str | Iterable[str]) -> list[str]:
     parts = [part.strip() for text in ([names] if isinstance(names, str) else names) for part in text.split(",")]
     if not any(parts):

@@ -1,10 +1,10 @@
 """A replica: one model that turns buckets into committed objects.
 
-`capture` runs in two threads at a time, and hands its forward passes to one thread that both share, so one bucket is
-encoded and put while the next one's passes run. It is always the same thread because OpenMP keeps a team of threads
-for each one that computes: with two teams a CPU model lost a tenth of its speed (`docs/log.md`).
-`actstore.capture.memory` states what two buckets take. Each call keeps its own exception; activations leave through
-the store only.
+`capture` runs in two threads at a time, and hands its forward passes to one thread that both share. So while one
+bucket's passes run, the other bucket is encoded and put, and then the token ids of the next are read. It is always the
+same thread because OpenMP keeps a team of threads for each one that computes: with two teams a CPU model lost a tenth
+of its speed (`docs/log.md`). `actstore.capture.memory` states what two buckets take. Each call keeps its own exception;
+activations leave through the store only.
 """
 
 import os
@@ -14,7 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from actstore.capture.config import DType
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.capture.config import Precision
 from actstore.capture.segments import Work
 from actstore.errors import mismatch
 
@@ -28,7 +31,8 @@ class ReplicaConfig:
 
     model: str
     revision: str | None
-    dtype: DType
+    dtype: Precision
+    attention: str
     device: str
     store: str
     batch_size: int
@@ -89,9 +93,10 @@ class Replica:
         """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is mended."""
         from actstore.store.writer import WriteTimes
 
-        data, forward_s = self._forward.submit(self._rows_of, work).result()
-        assert self._loaded
-        began, times, writer = time.perf_counter(), WriteTimes(), self._loaded.writer
+        loaded = self._loaded or self._forward.submit(self._load).result()
+        ids = loaded.segments[work.segment].tokens.ids(work.span.first_sequence, work.span.stop_sequence)
+        data, forward_s = self._forward.submit(self._rows_of, loaded, work, ids).result()
+        began, times, writer = time.perf_counter(), WriteTimes(), loaded.writer
         mended = False
         if work.keys:
             from actstore.store.repair import mend_bucket
@@ -116,12 +121,11 @@ class Replica:
             before, self._retries = self._retries, self._loaded.writer.storage.retries
             return self._retries - before
 
-    def _rows_of(self, work: Work) -> tuple[dict[str, Any], float]:
-        """All arrays of a bucket, in stored order, and the seconds that took."""
+    def _rows_of(self, loaded: _Loaded, work: Work, ids: NDArray[np.int32]) -> tuple[dict[str, Any], float]:
+        """All arrays of a bucket with these token ids, in stored order, and the seconds that took."""
         from actstore.capture.bucket import bucket_rows
 
-        began, loaded = time.perf_counter(), self._load()
-        segment, span = loaded.segments[work.segment], work.span
+        began, segment, span = time.perf_counter(), loaded.segments[work.segment], work.span
         tokens = segment.tokens
         self._rows[work.bucket] = 0
 
@@ -131,7 +135,7 @@ class Replica:
         sites, rows = bucket_rows(
             loaded.model,
             loaded.sites,
-            tokens.ids(span.first_sequence, span.stop_sequence),
+            ids,
             span,
             loaded.writer.permutation(work.bucket),
             rule=tokens.rule,
@@ -167,20 +171,21 @@ def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
     import torch
 
     from actstore.capture.memory import check_memory, needs
-    from actstore.capture.model import load_config, load_model, model_identity, resolve_dtype, truncate
-    from actstore.capture.sites import parse_sites
+    from actstore.capture.model import load_config, load_model, model_identity, without_head
+    from actstore.capture.sites import num_layers, parse_sites
     from actstore.store.storage import LocalStorage, open_storage
 
     model_config = load_config(config.model)
     recorded = spec.provenance["model"]
-    here = model_identity(config.model, model_config, config.dtype) | {"name": recorded["name"]}  # directories move
+    here = model_identity(config.model, model_config, config.dtype, config.attention)
+    here["name"] = recorded["name"]  # directories move
     if here != recorded:
         remedy = "Give every worker the same model and versions."
         raise mismatch("the model on this worker", here, recorded, remedy)
     needed = needs(
         spec,
         model_config,
-        dtype_bytes=resolve_dtype(config.model, model_config, config.dtype).itemsize,
+        dtype_bytes=getattr(torch, config.dtype).itemsize,
         seq_len=seq_len,
         batch_size=config.batch_size,
         threads=config.threads,
@@ -190,6 +195,13 @@ def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
     )
     check_memory(needed, 1, spec.shard_rows, resident=psutil.Process().memory_info().rss)
     torch.set_num_threads(config.threads)
-    model = load_model(config.model, config.dtype, config.device, config.revision)
-    truncate(model, max(site.layer for site in parse_sites(spec.sites)))
+    model = load_model(
+        config.model,
+        config.dtype,
+        config.device,
+        revision=config.revision,
+        attention=config.attention,
+        layers=num_layers(parse_sites(spec.sites)),
+    )
+    without_head(model)
     return model
