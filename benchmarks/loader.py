@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import stores
 import torch
 
 import actstore
 from actstore.bench import activations_like, machine
 from actstore.console import figure
-from actstore.store import SiteSpec, StoreSpec, codec, create_store
+from actstore.store import codec
 from actstore.store.copy import copy
 from actstore.store.reader import Store, open_store
 from actstore.stream.columns import RAW
@@ -47,17 +48,8 @@ FORMATS = {"bf16": ("bf16", "planes"), "fixed": ("fixed:1e-3", "planes"), "none"
 
 
 def make(url: Path, encoding: str, chain: codec.CodecName, *, d: int = D, rows: int = ROWS) -> None:
-    """A store of `rows` rows with repeated values, unless it is there."""
-    if (url / "manifest.parquet").exists():
-        return
-    spec = StoreSpec(sites={SITE: SiteSpec(d=d, encoding=encoding)}, rows=rows, bucket_rows=1 << 16, codec=chain)
-    block, writer = activations_like(1 << 15, d), create_store(url, spec)
-    for b in range(spec.buckets):
-        first, stop = spec.bucket_range(b)
-        row = np.arange(first, stop, dtype=np.int32)[np.argsort(spec.permutation(b))]
-        values = np.concatenate([block, block])[: stop - first]
-        writer.write_bucket(b, {SITE: values}, sequence=row // 127, position=row % 127 + 1, token_id=np.zeros_like(row))
-    writer.finalise()
+    """A store of `rows` rows, unless it is there."""
+    stores.make(url, SITE, encoding, chain, d=d, rows=rows, bucket_rows=1 << 16)
 
 
 def timed(work: Callable[[], int]) -> float:
