@@ -108,14 +108,15 @@ def bits(t: Tensor) -> NDArray[np.uint16] | NDArray[np.uint32]:
 
 
 def forward(
-    z: Float[Tensor, "tile d_sae"], latents: Latents, fired: Float[Tensor, " d_sae"]
-) -> Float[Tensor, "tile d_sae"]:
-    """Features (bfloat16) of `z + b_enc`, z the encoder's product (bfloat16); adds to `fired` how often each fired."""
-    f = torch.empty_like(z)
+    z: Float[Tensor, "tile d_sae"], f: Float[Tensor, "tile d_sae"], latents: Latents, fired: Float[Tensor, " d_sae"]
+) -> None:
+    """Write the features of `z + b_enc`, z the encoder's product, to `f`, both bfloat16.
+
+    Adds to `fired` how often each latent fired.
+    """
     floor = np.float32(0 if latents.relu else -np.inf)
     arguments = (bits(z), bits(f), latents.b_enc.numpy(), latents.theta.numpy(), floor, fired.numpy())
     each(lambda a, b: _forward(*arguments, a, b), z.shape[1])
-    return f
 
 
 def backward(

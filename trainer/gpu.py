@@ -18,7 +18,7 @@ from torch import Tensor
 
 from actstore.errors import ActstoreError
 from trainer.fused import Latents
-from trainer.parts import BLOCK, ROWS, SAE, copies
+from trainer.parts import BLOCK, ROWS, SAE, copies, multiply
 from trainer.recipe import Recipe
 from trainer.sparse import Step
 
@@ -65,15 +65,17 @@ def run(name: str, programs: tuple[int, ...], *arguments: Any, **constants: Any)
 
 
 def forward(
-    z: Float[Tensor, "batch d_sae"], latents: Latents, fired: Float[Tensor, " d_sae"]
-) -> Float[Tensor, "batch d_sae"]:
-    """Features of `z + b_enc`, z the encoder's product; adds to `fired` how often each latent fired."""
-    grid, f = _grid(z), torch.empty_like(z)
+    z: Float[Tensor, "batch d_sae"], f: Float[Tensor, "batch d_sae"], latents: Latents, fired: Float[Tensor, " d_sae"]
+) -> None:
+    """Write the features of `z + b_enc`, z the encoder's product, to `f`, in its precision.
+
+    Adds to `fired` how often each latent fired.
+    """
+    grid = _grid(z)
     counts = torch.empty(grid[0], z.shape[1], device=z.device)
     arguments = (z, f, latents.b_enc, latents.theta, counts, *z.shape, _floor(latents))
     run("gate_forward", grid, *arguments, TILE=TILE, BLOCK=LATENTS)
     fired += counts.sum(0)
-    return f
 
 
 def backward(
@@ -145,7 +147,7 @@ def pairs(
     total = torch.zeros((), dtype=torch.int64, device=device)
     for first in range(0, d_sae, BLOCK):
         block = slice(first, first + BLOCK)
-        product = centred @ W_enc[:, block]
+        product = multiply(centred, W_enc[:, block])
         into = (product, latents.b_enc[block], latents.theta[block])
         sizes = (batch, product.shape[1], first, _floor(latents), latents.half, room)
         how, grid = {"TILE": 16, "BLOCK": LATENTS}, (-(-batch // 16),)

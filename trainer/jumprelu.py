@@ -25,6 +25,8 @@ from trainer.parts import (
     copies,
     decoder_backward,
     decoder_forward,
+    multiply,
+    on_cpu,
     tiles,
     unit_rows,
 )
@@ -300,7 +302,7 @@ class JumpReLUSAE:
 
     def _plain(self, x: Float[Tensor, "batch d_model"]) -> bool:
         """Whether it is what `fused` and `sparse` can do on a CPU, and `gpu`, by one process."""
-        here = self._triton or x.device.type == "cpu"
+        here = self._triton or on_cpu(x)
         return here and self.recipe.priced_by_counts and self.ranks == ALONE
 
     @property
@@ -329,22 +331,23 @@ class JumpReLUSAE:
         x: Float[Tensor, "batch d_model"],
         y: Float[Tensor, "batch d_out"] | None,
     ) -> None:
-        """`_pass` in one precision from product to product and one sweep each way over the pre-activations."""
+        """`_pass` with one sweep each way over the pre-activations."""
         W_enc, W_dec = copies(self)
         latents, pointwise = self._latents(), gpu if self._triton else fused
         three = torch.zeros(3, len(self.b_enc), device=x.device)
         for tile, target in tiles(self, x, y):
             centred = (tile - self.b_dec if self.recipe.pre_bias else tile).to(W_enc.dtype)
-            z = by_columns(lambda block, centred=centred: centred @ W_enc[:, block], W_enc)
-            f = pointwise.forward(z, latents, sums.fired)
-            residual = (f @ W_dec).float().add_(self.b_dec).sub_(target)
+            z = by_columns(lambda block, centred=centred: multiply(centred, W_enc[:, block]), W_enc)
+            f = torch.empty_like(z, dtype=W_dec.dtype)
+            pointwise.forward(z, f, latents, sums.fired)
+            residual = multiply(f, W_dec).float().add_(self.b_dec).sub_(target)
             sums.squares.add_(residual.square().sum())
             grad["b_dec"] += residual.sum(0)
             narrow = residual.to(W_dec.dtype)
-            grad["W_dec"] += f.T @ narrow
-            df = narrow @ W_dec.T
+            grad["W_dec"] += multiply(f.T, narrow)
+            df = multiply(narrow, W_dec.T)
             pointwise.backward(z, df, latents, three)
-            grad["W_enc"].T.add_(df.T @ centred)
+            grad["W_enc"].T.add_(multiply(df.to(W_enc.dtype).T, centred))
         sums.near.add_(three[0])
         sums.near_df.add_(three[1])
         grad["b_enc"] += three[2]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer import gpu
 from trainer.parallel import ALONE, LATENT_AXIS, Ranks
-from trainer.parts import ROWS, SAE, unit_rows
+from trainer.parts import ROWS, SAE, on_cpu, unit_rows
 from trainer.recipe import Recipe
 
 FIRST = "first."
@@ -171,7 +171,7 @@ def _in_chunks(
     recipe: Recipe,
     unit: bool,
 ) -> None:
-    size = max(1, len(rows) if rows.is_cuda else CHUNK // parameters.shape[1])
+    size = max(1, CHUNK // parameters.shape[1] if on_cpu(rows) else len(rows))
     for part, slope, left in zip(rows.split(size), slopes.split(size), decay.split(size), strict=True):
         parameter, second = parameters.index_select(0, part), seconds.index_select(0, part)
         if unit:
@@ -185,4 +185,4 @@ def _in_chunks(
 
 def _decay(updates: Int[Tensor, " latents"], recipe: Recipe) -> Float[Tensor, " latents"]:
     """beta2 to the power of the updates."""
-    return torch.pow(torch.tensor(recipe.beta2, dtype=torch.float64, device=updates.device), updates).float()
+    return torch.pow(torch.full((), recipe.beta2, dtype=torch.float64, device=updates.device), updates).float()

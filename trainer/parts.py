@@ -19,14 +19,16 @@ from torch import Tensor
 from trainer.recipe import Recipe
 
 TILE_ELEMENTS = 1 << 20
-"""Pre-activations per tile, or per block of a wide tile, on a CPU: 4 MiB of float32. On a GPU the batch is one."""
+"""Pre-activations per tile, or per block of a wide tile, on a CPU: 4 MiB of float32. On a GPU the batch is one tile."""
 BLOCK = 1 << 12
 """Latents per block of the encoder's product on a CPU. A tile of a wider SAE has as many rows as if it were as wide as
 this: with fewer, a step would read the weights from memory too often for too few rows."""
 BFLOAT16_TILES = 4
 """Tiles are this many times larger with bfloat16 copies: fewer, longer sums of the weights' gradients, each of which
 is rounded to bfloat16 before it is added in float32."""
-
+FLOAT32_RESULTS = hasattr(torch.ops.aten.mm, "dtype")
+"""Whether torch has products of bfloat16 matrices with a float32 result: from 2.8 on. Before that they are multiplied
+as float32, of which TF32 keeps all bits of a bfloat16 factor."""
 
 ROWS = "rows"
 """Beside gradients: which latents those of W_enc [d_model, touched] and W_dec [touched, d_out] are for, [touched],
@@ -112,11 +114,16 @@ class Slopes(NamedTuple):
     """The same, summed over the proper prefixes of a Matryoshka SAE."""
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether to do what pays on a CPU. Every other device counts as a GPU, also `meta`, where tests run its path."""
+    return tensor.device.type == "cpu"
+
+
 def tiles(
     sae: SAE, x: Float[Tensor, "batch d_model"], y: Float[Tensor, "batch d_out"] | None
 ) -> Iterator[tuple[Float[Tensor, "tile d_model"], Float[Tensor, "tile d_out"]]]:
     """The batch and what it is to become, some rows at a time."""
-    rows = len(x) if x.is_cuda else rows_at_once(sae)
+    rows = rows_at_once(sae) if on_cpu(x) else len(x)
     yield from zip(x.split(rows), (x if y is None else y).split(rows), strict=True)
 
 
@@ -128,7 +135,7 @@ def rows_at_once(sae: SAE) -> int:
 
 def columns(W_enc: Float[Tensor, "d_model d_sae"]) -> list[slice]:
     """The blocks of latents that the encoder's product comes in: the dense and the sparse path make the same calls."""
-    size = W_enc.shape[1] if W_enc.is_cuda else BLOCK
+    size = BLOCK if on_cpu(W_enc) else W_enc.shape[1]
     return [slice(a, a + size) for a in range(0, W_enc.shape[1], size)]
 
 
@@ -147,18 +154,31 @@ def copies(sae: SAE) -> tuple[Float[Tensor, "d_model d_sae"], Float[Tensor, "d_s
     return sae.W_enc.bfloat16(), sae.W_dec.bfloat16()
 
 
+def multiply(a: Float[Tensor, "rows m"], b: Float[Tensor, "m n"]) -> Float[Tensor, "rows n"]:
+    """`a b` of two matrices of one precision, summed in float32: on a GPU the result is float32, on a CPU like them.
+
+    A pre-activation that is rounded to bfloat16 misses the thresholds' kernel window: near 0.4 bfloat16 moves in steps
+    of 0.002, twice the published bandwidth. A CPU has no such product, so its pre-activations are rounded.
+    """
+    if on_cpu(a) or a.dtype == torch.float32:
+        return a @ b
+    if FLOAT32_RESULTS:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 def affine(
     bias: Float[Tensor, " n"] | Float[Tensor, "rows n"], a: Float[Tensor, "rows m"], W: Float[Tensor, "m n"]
 ) -> Float[Tensor, "rows n"]:
     """`bias + a W` in float32, multiplied in W's precision."""
     if W.dtype == torch.float32:
         return torch.addmm(bias, a, W)
-    return (a.to(W.dtype) @ W).float().add_(bias)
+    return multiply(a.to(W.dtype), W).float().add_(bias)
 
 
 def times(a: Float[Tensor, "rows m"], W: Float[Tensor, "m n"]) -> Float[Tensor, "rows n"]:
     """`a W` in float32, multiplied in W's precision."""
-    return a @ W if W.dtype == torch.float32 else (a.to(W.dtype) @ W).float()
+    return multiply(a.to(W.dtype), W).float()
 
 
 def accumulate(
@@ -168,7 +188,7 @@ def accumulate(
     if like.dtype == torch.float32:
         total.addmm_(a.T, b, alpha=scale)
     else:
-        total.add_(a.to(like.dtype).T @ b.to(like.dtype), alpha=scale)
+        total.add_(multiply(a.to(like.dtype).T, b.to(like.dtype)), alpha=scale)
 
 
 def prefix_edges(d_sae: int, prefixes: int) -> list[int]:
@@ -216,10 +236,11 @@ def decoder_backward(
     narrow, residuals = decoded
     blocks = _blocks(sae, narrow)
     squares = [r[rows].square().sum() for r in residuals]
-    slope, df = residuals[-1], [torch.empty(0)] * len(blocks)
+    slope = residuals[-1]
+    df: list[Tensor] = []
     for i in reversed(range(len(blocks))):
         accumulate(gradients["W_dec"][blocks[i]], narrow[:, blocks[i]], slope, W_dec)
-        df[i] = times(slope, W_dec[blocks[i]].T)
+        df.insert(0, times(slope, W_dec[blocks[i]].T))
         if i:
             slope = slope + residuals[i - 1]
     gradients["b_dec"] += slope[rows].sum(0)

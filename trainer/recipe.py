@@ -30,7 +30,8 @@ class Recipe:
     the mean norm to sqrt(d_model), a few per cent away)."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """What the matrix products of a step read (GS 3.2: float32 throughout). bfloat16 multiplies copies of the matrices
-    and activations; parameters, gradients, thresholds, pointwise work and Adam stay float32."""
+    and activations; parameters, gradients, thresholds, pointwise work and Adam stay float32. So do the results of the
+    products on a GPU; on a CPU they are rounded to bfloat16 (`trainer.parts.multiply`)."""
     kernels: Literal["torch", "triton"] = "torch"
     """What does the pointwise work of a step, a wide SAE's sums over active latents, and Adam, on a GPU: PyTorch's
     operations or Triton's kernels (`trainer/gpu.py`), which no GPU has run yet. Sums are rounded differently."""

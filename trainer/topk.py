@@ -22,6 +22,7 @@ from trainer.parts import (
     decoder_backward,
     decoder_forward,
     keep_largest,
+    on_cpu,
     tiles,
     times,
     unit_rows,
@@ -89,7 +90,7 @@ class TopKSAE:
         fired = torch.zeros_like(self.b_enc)
         squares, nested, auxiliary = (torch.zeros((), device=x.device) for _ in range(3))
         # asking the device whether any latent is dead would wait for it; on a CPU it saves two products
-        revive = recipe.aux_coefficient > 0 and dead is not None and (dead.is_cuda or bool(dead.any()))
+        revive = recipe.aux_coefficient > 0 and dead is not None and (not on_cpu(dead) or bool(dead.any()))
         whole = self._encode_batch(x, W_enc, y) if recipe.architecture == "batchtopk" else None
         start = 0
         for tile, target in tiles(self, x, y):
@@ -152,7 +153,7 @@ def kth_largest(z: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor, ""]:
     On a CPU the largest of each of many groups of values bound it from below, so that a small part is left to sort.
     """
     flat = z.flatten()
-    if not z.is_cuda:
+    if on_cpu(z):
         # at least k values are >= the smallest of the k largest group maxima, if there are that many groups
         size = max(1, len(flat) // (4 * k))
         groups = flat[: len(flat) // size * size].view(-1, size).amax(1)
