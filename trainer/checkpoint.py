@@ -144,21 +144,33 @@ def latest(folder: Path, settings: dict[str, Any], ranks: Ranks = ALONE) -> Chec
     return found
 
 
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """The settings of the newest checkpoint in `folder`, if there is one; ActstoreError if it can't be read."""
+    paths = _complete(folder)
+    return _index(paths[-1]).settings if paths else None
+
+
 def _newest(folder: Path, settings: dict[str, Any]) -> Checkpoint | None:
     paths = _complete(folder)
     if not paths:
         return None
-    try:
-        index = json.loads((paths[-1] / INDEX).read_text(encoding="utf-8"))
-        version = index.pop("format_version")
-        found = Checkpoint(**index) if version in (FORMAT_VERSION, SHARDED_VERSION) else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(paths[-1], error) from None
-    if found is None:
-        raise ActstoreError(f"{paths[-1]} has format version {version}, this trainer reads up to {SHARDED_VERSION}.")
+    found = _index(paths[-1])
     if found.settings != (asked := json.loads(json.dumps(settings))):
         remedy = "Ask for the same to go on from it, or take another --out, or --no-resume to delete it and start over."
         raise mismatch(f"the run in {paths[-1]}", found.settings, asked, remedy)
+    return found
+
+
+def _index(path: Path) -> Checkpoint:
+    """The index of the checkpoint in directory `path`."""
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        version = index.pop("format_version")
+        found = Checkpoint(**index) if version in (FORMAT_VERSION, SHARDED_VERSION) else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from None
+    if found is None:
+        raise ActstoreError(f"{path} has format version {version}, this trainer reads up to {SHARDED_VERSION}.")
     return found
 
 

@@ -26,10 +26,11 @@ app = SubcommandApp()
 @app.command
 def train(config: OmitArgPrefixes[TrainConfig], *, json: Json = None) -> None:
     """Train an SAE on one site of an activation store."""
+    from trainer.device import choose_device
     from trainer.parallel import joined
     from trainer.train import train_from_store
 
-    with joined(config.device) as ranks, _progress(quiet=not ranks.lead) as progress:
+    with joined(choose_device(config.device)[0]) as ranks, _progress(quiet=not ranks.lead) as progress:
         result = train_from_store(config, progress)
     if ranks.lead:
         figures = vars(result) | vars(result.final)
@@ -41,10 +42,11 @@ def train(config: OmitArgPrefixes[TrainConfig], *, json: Json = None) -> None:
 @app.command
 def sweep(config: OmitArgPrefixes[SweepConfig], *, json: Json = None) -> None:
     """Train SAEs of every width, sparsity and seed on every site; one read of the store feeds all SAEs of a site."""
+    from trainer.device import choose_device
     from trainer.parallel import joined
     from trainer.sweep import sweep as run
 
-    with joined(config.device) as ranks, _progress(quiet=not ranks.lead) as progress:
+    with joined(choose_device(config.device)[0]) as ranks, _progress(quiet=not ranks.lead) as progress:
         trained = run(config, progress)
     if ranks.lead:
         lines: list[tuple[object, ...]] = [(t.release, t.name, t.average_l0, t.fvu, t.dead) for t in trained]

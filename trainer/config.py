@@ -5,9 +5,12 @@ Light to import (no torch), so that `trainer --help` answers at once.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trainer.recipe import PRESETS, Recipe
+
+Compute = Literal["float32", "bfloat16"]
+COMPUTE: tuple[Compute, ...] = get_args(Compute)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +27,9 @@ class RunConfig:
     """The recipe to start from: a published one, or the one for a few thousand steps."""
     architecture: Literal["jumprelu", "topk", "batchtopk", "gated"] | None = None
     """Replaces the preset's architecture."""
-    compute: Literal["float32", "bfloat16"] | None = None
-    """Replaces the preset's precision of matrix products."""
+    compute: Compute | None = None
+    """Precision of matrix products: by default that of the run that is resumed, else bfloat16 on a GPU and the preset's
+    on a CPU. float32 on a GPU multiplies as TF32."""
     kernels: Literal["torch", "triton"] | None = None
     """What a GPU's own kernels are; Triton's are experimental, no GPU has run them yet."""
     data_seed: int = 0
@@ -46,8 +50,8 @@ class RunConfig:
     """Checkpoints to keep."""
     resume: bool = True
     """Go on from the newest checkpoint in `out`; otherwise those are deleted and training starts over."""
-    device: str = "cpu"
-    """Torch device to train on, for example cuda."""
+    device: str = "auto"
+    """Where to train: cpu, cuda or cuda:N; auto takes a GPU if PyTorch sees one."""
     wandb: str | None = None
     """Also log to this Weights & Biases project."""
     tensorboard: Path | None = None

@@ -65,6 +65,11 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    @property
+    def gathers_on_gpu(self) -> bool:
+        """Whether `gather` leaves rows on a GPU where they are; gloo's all-gather works in host memory."""
+        return self.world == 1 or _device().type == "cuda"
+
     def gather(self, rows: Shaped[Tensor, "rows d"]) -> Shaped[Tensor, "world rows d"]:
         """The rows of all ranks, in the order of ranks."""
         if self.world == 1:
@@ -117,7 +122,8 @@ def current() -> Ranks:
 def joined(device: str) -> Generator[Ranks]:
     """Join the processes of torchrun, if it started this one: gloo for training on CPUs, NCCL for GPUs.
 
-    With NCCL the process takes GPU LOCAL_RANK as "cuda". Raises ValueError for another device.
+    With NCCL the process takes GPU LOCAL_RANK as "cuda". Raises ValueError for another device, and if there is no such
+    GPU.
     """
     environment = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
     if not environment or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
@@ -126,7 +132,10 @@ def joined(device: str) -> Generator[Ranks]:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device}; under torchrun give cpu, or cuda for one GPU a process (LOCAL_RANK)")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"LOCAL_RANK is {local}, but this machine has {gpus} GPUs: one a process, or --device cpu")
+        torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     yield current()
     dist.destroy_process_group()  # after an error the others may be waiting; the end of the process lets go of them

@@ -35,12 +35,29 @@ class Stream:
     batch_size: int
     seed: int
     """Of the order of the batches."""
+    device: str = "cpu"
+    """Where the SAEs are trained."""
+
+    @property
+    def delivery(self) -> str | None:
+        """The GPU that the loader delivers batches on, which is the one that trains; None: in host memory.
+
+        Ranks that talk through gloo exchange rows in host memory, so batches stay there, and `train_many` copies each
+        whole batch to the GPU.
+        """
+        on_gpu = torch.device(self.device).type == "cuda"
+        return self.device if on_gpu and current().gathers_on_gpu else None
 
     def open(self) -> Any:
         """Its `ActivationDataset`; ValueError for sites or a batch size that the store can't serve."""
         sites = self.site if self.target is None else (self.site, self.target)
         return actstore.ActivationDataset(
-            self.store, sites=sites, batch_size=self.batch_size, seed=self.seed, streams=STREAMS
+            self.store,
+            sites=sites,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            streams=STREAMS,
+            device=self.delivery,
         )
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
@@ -54,10 +71,10 @@ class Stream:
             yield whole(batch) if self.target is None else (whole(batch[self.site]), whole(batch[self.target]))
 
     def first_rows(self) -> Float[Tensor, "batch d_model"]:
-        """The rows of the first batch, of the site that is read."""
+        """The rows of the first batch, of the site that is read, on the CPU, where SAEs are made."""
         with self.open() as data:
             batch = next(self.batches(data))
-        return batch[0] if isinstance(batch, tuple) else batch
+            return (batch[0] if isinstance(batch, tuple) else batch).cpu()
 
 
 def normalisation(store: Store, site: str, recipe: Recipe) -> tuple[float, Float64[Tensor, " d_model"]]:

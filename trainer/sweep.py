@@ -24,6 +24,7 @@ from actstore.progress import Progress
 from trainer import checkpoint
 from trainer.card import Released, folders_of
 from trainer.config import SweepConfig
+from trainer.device import settle
 from trainer.export import write_release
 from trainer.files import load_sae, write_json
 from trainer.parallel import current
@@ -57,10 +58,12 @@ class Trained:
 def sweep(config: SweepConfig, progress: Progress | None = None) -> list[Trained]:
     """Train what `config` asks for, or the rest of it, and return the SAEs in the order of sites and specs.
 
-    Raises, before anything is trained, ValueError for a site or batch size that the store can't serve, ActstoreError
-    for statistics of no use, and MismatchError for checkpoints of another run; then what `train_site` raises.
+    Raises, before anything is trained, ValueError for a device that is not there and for a site or batch size that the
+    store can't serve, ActstoreError for statistics of no use, and MismatchError for checkpoints of another run; then
+    what `train_site` raises.
     """
     display = progress or Progress()
+    config = settle(config, [_checkpoints(config, site) for site in config.sites], display)
     results: list[TrainResult] = []
     for stream in check(config):
         folders = {spec.name: config.out / "saes" / stream.site / spec.name for spec in config.specs}
@@ -85,7 +88,14 @@ def check(config: SweepConfig) -> list[Stream]:
     for site, target in zip(config.sites, config.targets or [None] * len(config.sites), strict=True):
         normalisation(store, site, recipe)
         normalisation(store, target or site, recipe)
-        stream = Stream(store=store, site=site, target=target, batch_size=recipe.batch_size, seed=config.data_seed)
+        stream = Stream(
+            store=store,
+            site=site,
+            target=target,
+            batch_size=recipe.batch_size,
+            seed=config.data_seed,
+            device=config.device,
+        )
         stream.open().close()
         if config.resume:
             checkpoint.latest(_checkpoints(config, site), settings_of(config, stream, config.specs))

@@ -27,6 +27,7 @@ from actstore.progress import Progress
 from trainer import checkpoint, gpu
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig, SAESpec, TrainConfig
+from trainer.device import settle, tf32_products
 from trainer.files import CONFIG, METRICS, save_sae
 from trainer.optim import second_moments, update
 from trainer.parallel import ALONE, Deal, Ranks, check_deal, check_sharding, current
@@ -144,8 +145,8 @@ def train_many(
             text = f"the batches ended after {at.step} of {steps} steps; ask for fewer or feed more"
             raise StreamError(text) from None
         read, target = batch if isinstance(batch, tuple) else (batch, None)
-        x = read.to(device, torch.float32, non_blocking=True) / scale
-        y = x if target is None else target.to(device, torch.float32, non_blocking=True) / target_scale
+        x = _normalised(read, scale, device)
+        y = x if target is None else _normalised(target, target_scale, device)
         statistics = [run.step(x, None if y is x else y, at.step, steps) for run in runs]
         at.step, at.rows, meter.rows = at.step + 1, at.rows + len(x), meter.rows + len(x)
         log = at.step % log_every == 0 or at.step == steps
@@ -158,6 +159,12 @@ def train_many(
         on_step(len(x))
         if keep:
             on_checkpoint(at)
+
+
+def _normalised(rows: Float[Tensor, "batch d"], scale: float, device: torch.device) -> Float[Tensor, "batch d"]:
+    """`rows / scale` in float32 on the device; the rows stay as they are, and travel in their own type."""
+    x = rows.to(device, non_blocking=True).to(torch.float32)
+    return x / scale if x is rows else x.div_(scale)
 
 
 def train(
@@ -272,7 +279,8 @@ def train_site(
 ) -> list[TrainResult]:
     """Train the SAEs of `specs` on one stream, each into its folder (by name), from the newest of `checkpoints`.
 
-    The processes of a process group share each SAE, or, with `dealt`, have SAEs of their own; all return all results.
+    `config` is one that `trainer.device.settle` returned. The processes of a process group share each SAE, or, with
+    `dealt`, have SAEs of their own; all return all results.
     Raises ValueError for what store or processes can't serve and MismatchError if the checkpoint is of another run.
     """
     ranks = current()
@@ -307,6 +315,7 @@ def train_site(
             files[name] = stack.enter_context(open_metrics(folder / METRICS, found.metrics[name] if found else 0))
         seen = config if ranks.lead else replace(config, wandb=None, tensorboard=None)
         watch = stack.enter_context(watching(seen, stream.site, list(files), settings, at.step))
+        stack.enter_context(tf32_products(config.device))
         bar = progress.step(f"train {stream.site}", total=config.steps * stream.batch_size, unit="rows")
         bar.skip(at.rows)
         bar.restart()
@@ -379,14 +388,23 @@ def _assembled(path: Path | None, spec: SAESpec, shard: SAE, shards: int) -> SAE
 def train_from_store(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     """Train on `config.site` of `config.store` and write the SAE, its config and its metrics to `config.out`.
 
-    Goes on from the checkpoint in `config.out`, if there is one. Raises as `train_site` does.
+    Goes on from the checkpoint in `config.out`, if there is one. Raises as `settle` and `train_site` do.
     """
-    store, recipe, site, target = actstore.open(config.store), config.recipe, config.site, config.target
-    stream = Stream(store=store, site=site, target=target, batch_size=recipe.batch_size, seed=config.data_seed)
-    d_sae = config.d_sae or config.expansion * len(store.stats(site).mean)
+    display, checkpoints = progress or Progress(), config.out / "checkpoints"
+    config = settle(config, [checkpoints], display)
+    store, recipe = actstore.open(config.store), config.recipe
+    stream = Stream(
+        store=store,
+        site=config.site,
+        target=config.target,
+        batch_size=recipe.batch_size,
+        seed=config.data_seed,
+        device=config.device,
+    )
+    d_sae = config.d_sae or config.expansion * len(store.stats(config.site).mean)
     spec = SAESpec(name="sae", d_sae=d_sae, seed=config.seed, recipe=recipe)
-    where: Any = {"folders": {"sae": config.out}, "checkpoints": config.out / "checkpoints"}
-    return train_site(config, stream, [spec], **where, progress=progress or Progress())[0]
+    folders = {"sae": config.out}
+    return train_site(config, stream, [spec], folders=folders, checkpoints=checkpoints, progress=display)[0]
 
 
 def settings_of(config: RunConfig, stream: Stream, specs: Sequence[SAESpec]) -> dict[str, Any]:
