@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from actstore import builtin
+from actstore.capture import model as model_module
 from actstore.errors import ActstoreError, MismatchError
 from actstore.tokens import TokenizeConfig, open_tokens, tokenize
 from trainer import cli, report
@@ -288,6 +289,40 @@ def test_all_below_a_directory_are_evaluated_together(place, tmp_path, capsys, m
         cli.main()
     assert "SAEs in" in capsys.readouterr().out
     assert (tmp_path / "o/a/two/evaluation.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "dtype", "reason"),
+    [
+        (["bfloat16"], "auto", "bfloat16", "auto: what the store was captured in"),
+        (["float16", "float16"], "auto", "float16", "auto: what the store was captured in"),
+        ([None], "auto", "float32", "auto: no SAE records what its store was captured in"),
+        (["int8"], "auto", "float32", "auto: no SAE records what its store was captured in"),
+        (["bfloat16", "float16"], "auto", "float32", "auto: the SAEs' stores do not agree"),
+        (["bfloat16"], "float32", "float32", "as asked"),
+    ],
+)
+def test_the_model_is_loaded_in_what_its_store_was_captured_in(
+    recorded, asked, dtype, reason, place, tmp_path, monkeypatch, capsys
+):
+    saved = load_sae(place / "sae")
+    for i, one in enumerate(recorded):
+        about = {"store": "f00", "seed": i, "provenance": {"model": {"name": builtin.NAME, "dtype": one}}}
+        save_sae(tmp_path / str(i), saved.sae, scale=4.0, site="resid_post.2", about=about)
+    loaded, load = [], model_module.load_model
+
+    def watched(name, dtype, device):
+        loaded.append((dtype, device))
+        return load(name, "float32", device)
+
+    monkeypatch.setattr(model_module, "load_model", watched)
+    tokens = (str(place / "cats"),)
+    evaluate_saved(EvalConfig(sae=tmp_path, tokens=tokens, sequences=2, dtype=asked))
+    assert loaded == [(dtype, "cpu")]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["device cpu (auto: PyTorch sees no GPU)", f"model in {dtype} ({reason})"]
+    for path in tmp_path.rglob("evaluation.json"):
+        assert [one["dtype"] for one in json.loads(path.read_text())["evaluations"]] == [dtype]
 
 
 def test_tokens_of_another_vocabulary_are_refused(place, monkeypatch):

@@ -236,10 +236,10 @@ class EvalConfig:
     """Sequences to evaluate on, at most (Gemma Scope: 2,048 of length 1,024)."""
     batch_sequences: int = 8
     """Sequences per forward pass."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the language model."""
-    device: str = "cpu"
-    """Torch device."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the language model; auto: what the SAE's store was captured in, float32 if that is not recorded."""
+    device: str = "auto"
+    """Where to evaluate: cpu, cuda or cuda:N; auto takes a GPU if PyTorch sees one."""
 
     def __post_init__(self) -> None:
         """Refuse counts that are not positive, and no data at all."""

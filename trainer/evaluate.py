@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -37,9 +37,13 @@ from actstore.progress import Progress
 from actstore.tokens.table import TokenTable
 from trainer.card import EVALUATION, config_digest
 from trainer.config import EvalConfig
-from trainer.files import CONFIG, WEIGHTS, SavedSAE, model_of, write_json
+from trainer.device import choose_device, say
+from trainer.files import CONFIG, WEIGHTS, SavedSAE, model_dtype_of, model_of, write_json
 from trainer.releases import load_any
 from trainer.splice import cross_entropy, place_of, splice, watch
+
+Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 DENSE = 0.1
 """A latent that fires on more than this share of tokens is dense."""
@@ -67,6 +71,8 @@ class Evaluation:
     sae: str = ""
     """Directory of the SAE."""
     model: str = ""
+    dtype: str = ""
+    """Precision of the model."""
     data: str = ""
     """Where the sequences come from."""
     sequences: int
@@ -300,16 +306,21 @@ def evaluate_saved(config: EvalConfig, progress: Progress | None = None) -> tupl
     """Evaluate the SAE in `config.sae`, or all below it, on the first sequences of every token table, on every model.
 
     Writes evaluation.json and evaluation.html of each to `config.out`, by default to the SAE's directory if it is one
-    of ours, and of several also frontier.json and frontier.html.
+    of ours, and of several also frontier.json and frontier.html. Raises ValueError for a device that is not there.
     """
     from actstore.tokens import open_tokens
 
-    paths = saes_in(config.sae)
+    display = progress or Progress()
+    device, reason = choose_device(config.device)
+    say(display, f"device {device} ({reason})")
+    config, paths = replace(config, device=device), saes_in(config.sae)
     saes = {path: load_any(path, site=config.site, device=config.device) for path in paths}
     tables = {url: open_tokens(url) for url in config.tokens}
-    display, done = progress or Progress(), {path: list[Evaluation]() for path in paths}
+    dtype, reason = _choose_dtype(config, tuple(saes.values()))
+    say(display, f"model in {dtype} ({reason})")
+    done = {path: list[Evaluation]() for path in paths}
     for name in config.model or sorted({model_of(saved) for saved in saes.values()}):
-        for path, found in _on_model(name, saes, tables, config, display):
+        for path, found in _on_model(name, dtype, saes, tables, config, display):
             done[path].append(found)
     for path, found in done.items():
         ours = (path / WEIGHTS).exists() and (path / CONFIG).exists()
@@ -321,13 +332,30 @@ def evaluate_saved(config: EvalConfig, progress: Progress | None = None) -> tupl
     return tuple(evaluation for path in paths for evaluation in done[path])
 
 
+def _choose_dtype(config: EvalConfig, saes: Sequence[SavedSAE]) -> tuple[Precision, str]:
+    """The precision to load models in, and why."""
+    if config.dtype != "auto":
+        return config.dtype, "as asked"
+    recorded = {model_dtype_of(saved) for saved in saes}
+    for dtype in PRECISIONS:
+        if recorded == {dtype}:
+            return dtype, "auto: what the store was captured in"
+    what = "the SAEs' stores do not agree" if len(recorded) > 1 else "no SAE records what its store was captured in"
+    return "float32", f"auto: {what}"
+
+
 def _on_model(
-    name: str, saes: Mapping[Path, SavedSAE], tables: Mapping[str, TokenTable], config: EvalConfig, display: Progress
+    name: str,
+    dtype: Precision,
+    saes: Mapping[Path, SavedSAE],
+    tables: Mapping[str, TokenTable],
+    config: EvalConfig,
+    display: Progress,
 ) -> Iterator[tuple[Path, Evaluation]]:
     """The evaluations of all SAEs on every table, of one model; the model is gone afterwards."""
     from actstore.capture.model import load_model
 
-    model = load_model(name, config.dtype, config.device)
+    model = load_model(name, dtype, config.device)
     vocabulary = model.get_input_embeddings().num_embeddings
     for url, table in tables.items():
         if table.max_id >= vocabulary:
@@ -347,7 +375,7 @@ def _on_model(
             here = [saes[path] for path in paths]
             found = evaluate_many(model, *place, here, ids, table.special_ids, target=target, **how)
             for path, one in zip(paths, found, strict=True):
-                yield path, replace(one, sae=str(path), model=name, data=url)
+                yield path, replace(one, sae=str(path), model=name, dtype=dtype, data=url)
 
 
 def write_evaluations(out: Path, sae: str, site: str, evaluations: Sequence[Evaluation]) -> None:

@@ -118,6 +118,13 @@ def load_sae(directory: Path, device: str = "cpu") -> SavedSAE:
     return SavedSAE(sae_of(recipe, tensors), scale, site, config)
 
 
+def model_dtype_of(saved: SavedSAE) -> str | None:
+    """The precision of the language model when the store was captured, if that is recorded."""
+    model = saved.config.get("provenance", {}).get("model")
+    dtype = model.get("dtype") if isinstance(model, dict) else None
+    return dtype if isinstance(dtype, str) else None
+
+
 def model_of(saved: SavedSAE) -> str:
     """The language model named in the provenance of the store the SAE was trained on."""
     name = saved.config.get("provenance", {}).get("model", {}).get("name")
