@@ -234,6 +234,16 @@ class Watched(TorchDispatchMode):
         return [name for name, read, made in self.operations if any(parts.on_cpu(t) for t in (*read, *made))]
 
 
+@pytest.fixture
+def no_values(monkeypatch):
+    """No tensor is made from a Python number or an array, which would be copied to the device unwatched."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a copy to the device")
+
+    return lambda: [monkeypatch.setattr(torch, name, refuse) for name in ("tensor", "as_tensor", "from_numpy")]
+
+
 def on_meta(recipe, d_out=None):
     sizes = {"mean": torch.zeros(d_out or 24), "sample": torch.randn(300, 24) / 5, "d_out": d_out}
     return init_sae(24, 96, recipe, device="meta", **sizes)
@@ -251,12 +261,13 @@ RECIPES = {
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_gpus_step_copies_nothing_and_its_products_come_out_in_float32(name, compute):
+def test_a_gpus_step_copies_nothing_and_its_products_come_out_in_float32(name, compute, no_values):
     """Nothing from or to host memory; asking for a value is an error on `meta`."""
     recipe = dataclasses.replace(RECIPES[name], compute=compute)
     d_out = 20 if recipe.skip else None
     training, x = start("sae", on_meta(recipe, d_out), 100), torch.empty(64, 24, device="meta")
     y = None if d_out is None else torch.empty(64, d_out, device="meta")
+    no_values()
     with Watched() as watched:
         for step in range(2):
             training.step(x, y, step, 100)
@@ -335,8 +346,9 @@ def test_triton_kernels_read_float32_pre_activations(monkeypatch):
     assert seen == [("pick", torch.float32)]
 
 
-def test_lazy_adams_decay_copies_nothing():
+def test_lazy_adams_decay_copies_nothing(no_values):
     updates = torch.ones(5, dtype=torch.int64, device="meta")
+    no_values()
     with Watched() as watched:
         assert _decay(updates, BASE).dtype == torch.float32
     assert watched.on_host() == []
