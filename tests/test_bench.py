@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run_actstore
 from conftest import Known
 from servers import Server
 
@@ -194,14 +194,6 @@ def test_a_loader_is_timed_between_steady_states() -> None:
     assert found["rows/s"] < 4000
 
 
-def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    program = f"import sys; sys.argv = {['actstore', 'bench', *args]!r}; from actstore.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def check_json(file: Path, bounds: tuple[str, ...]) -> None:
     data = json.loads(file.read_text())
     assert data.keys() == {"command", "rates", "bound", "why", "machine", "figures", "date"}
@@ -226,7 +218,7 @@ def test_the_command_line_writes_figures_and_pictures(known: Known, tmp_path: Pa
     }
     for name, args in commands.items():
         json_file, picture = tmp_path / f"{name}.json", tmp_path / f"{name}.{'svg' if name == 'read' else 'png'}"
-        done = run(name, *args, "--json", str(json_file), "--plot", str(picture))
+        done = run_actstore("bench", name, *args, "--json", str(json_file), "--plot", str(picture))
         check_json(json_file, bounds[name])
         assert picture.stat().st_size > 1000
         assert "\nbound: " in done.stdout
@@ -245,7 +237,7 @@ def test_the_command_line_writes_figures_and_pictures(known: Known, tmp_path: Pa
     ],
 )
 def test_errors_are_short_and_have_a_code(args: tuple[str, ...], code: int, words: str) -> None:
-    done = run(*args, code=code)
+    done = run_actstore("bench", *args, code=code)
     assert words in done.stderr + done.stdout
 
 

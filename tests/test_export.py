@@ -15,8 +15,8 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from commands import run_actstore
 from conftest import SPEC, Known, write_known
-from test_cli import run
 
 from actstore.errors import StoreError
 from actstore.store import SiteSpec, StoreSpec, create_store, fixed, open_store
@@ -263,7 +263,7 @@ def test_a_damaged_chunk_ends_in_one_line_and_no_output(known: Known, tmp_path: 
     data = bytearray(victim.read_bytes())
     data[3] ^= 1
     victim.write_bytes(data)
-    done = run("export", known.url, "--out", str(tmp_path / "o"), "--format", chosen, code=1)
+    done = run_actstore("export", known.url, "--out", str(tmp_path / "o"), "--format", chosen, code=1)
     assert "resid_post.3/c/6/0" in done.stderr
     assert not (tmp_path / "o").exists()
 
@@ -305,19 +305,12 @@ def test_a_full_disk_is_one_line(stored: Known, tmp_path: Path, chosen: Format, 
     mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(mount)]
     if not limited and subprocess.run(mounted, check=False, capture_output=True).returncode:
         pytest.skip("not allowed to mount")
-    program = "import resource, signal, sys; from actstore.cli import main; "
-    if limited:
-        program += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        program += "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-    args = ["actstore", "export", stored.url, "--out", str(mount / "o"), "--format", chosen]
-    program += f"sys.argv = {args!r}; main()"
+    args = ("export", stored.url, "--out", str(mount / "o"), "--format", chosen)
     try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+        done = run_actstore(*args, code=1, file_bytes=50_000 if limited else None)
         left = list(mount.iterdir())
     finally:
         subprocess.run(["umount", mount], check=False, capture_output=True)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert ("File too large" if limited else "no space left on the device") in last
@@ -326,15 +319,15 @@ def test_a_full_disk_is_one_line(stored: Known, tmp_path: Path, chosen: Format, 
 
 def test_the_command(stored: Known, tmp_path: Path) -> None:
     out, figures = tmp_path / "o.parquet", tmp_path / "e.json"
-    done = run("export", stored.url, "--out", str(out), "--sites", "mlp_out.3, resid_post.3", "--rows", "5:700",
-               "--json", str(figures))  # fmt: skip
+    which = ("--sites", "mlp_out.3, resid_post.3", "--rows", "5:700")
+    done = run_actstore("export", stored.url, "--out", str(out), *which, "--json", str(figures))
     assert_same(load(out, "parquet"), expected(stored, np.arange(5, 700)))
     said = json.loads(figures.read_text())
     assert (said["rows"], said["format"], said["bytes"]) == (695, "parquet", out.stat().st_size)
     assert "695" in done.stdout
     drawn = [tmp_path / "a.npy", tmp_path / "b.npy"]
     for path in drawn:
-        run("export", stored.url, "--out", str(path), "--sample", "50", "--seed", "3")
+        run_actstore("export", stored.url, "--out", str(path), "--sample", "50", "--seed", "3")
     assert np.array_equal(*(np.load(path / "row.npy") for path in drawn))
     for more, code, words in (
         (["--out", str(out)], 1, "exists already"),
@@ -342,7 +335,7 @@ def test_the_command(stored: Known, tmp_path: Path) -> None:
         (["--out", str(tmp_path / "x.npy"), "--rows", "5"], 2, "expected START:STOP"),
         (["--out", str(tmp_path / "x.npy"), "--sites", "nope"], 2, "it has mlp_out.3, resid_post.3"),
     ):
-        assert words in run("export", stored.url, *more, code=code).stderr
+        assert words in run_actstore("export", stored.url, *more, code=code).stderr
 
 
 _MEASURE = """

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run_actstore
 from conftest import SPEC, fill, random_sites, write_known
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import run
 from test_commit import Gate, contents, whole
 
 from actstore.errors import StoreError
@@ -385,13 +385,13 @@ def test_the_command(tmp_path: Path) -> None:
     url = write_known(tmp_path / "s", SMALL, buckets=[0]).url
     dead = die_in(url, 1)
     (tmp_path / "s" / "evil\x1b[2J").write_bytes(b"mine")
-    done = run("gc", url, "--older-than", "0", "--json", str(tmp_path / "g.json"))
+    done = run_actstore("gc", url, "--older-than", "0", "--json", str(tmp_path / "g.json"))
     assert "3 objects, 2,100 bytes to free; do it with --delete" in done.stdout
     assert "unknown, left alone: evil\\x1b[2J (4 bytes)" in done.stdout
     figures = json.loads((tmp_path / "g.json").read_text())
     assert {g["key"] for g in figures["garbage"]} == set(dead)
     assert (figures["bytes"], figures["deleted"], figures["unknown"]) == (2100, False, {"evil\x1b[2J": 4})
-    assert "left alone: bucket 1 was worked on 0.00 hours ago\n" in run("gc", url, "--delete").stdout
-    assert "3 objects, 2,100 bytes freed" in run("gc", url, "--older-than", "0", "--delete").stdout
-    assert "nothing to free" in run("gc", url, "--older-than", "0", "--delete").stdout
-    assert "a number of hours" in run("gc", url, "--older-than", "-1", code=2).stderr
+    assert "left alone: bucket 1 was worked on 0.00 hours ago\n" in run_actstore("gc", url, "--delete").stdout
+    assert "3 objects, 2,100 bytes freed" in run_actstore("gc", url, "--older-than", "0", "--delete").stdout
+    assert "nothing to free" in run_actstore("gc", url, "--older-than", "0", "--delete").stdout
+    assert "a number of hours" in run_actstore("gc", url, "--older-than", "-1", code=2).stderr

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from commands import run_actstore
 from conftest import clear_memory
 from safetensors.torch import save_file
-from test_cli import run
 
 from actstore.errors import MismatchError, StoreError
 from actstore.store import open_store
@@ -330,11 +330,11 @@ def test_command(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=normal(100, 6), y=normal(3, 3))
     small = ["--bucket-rows", "64", "--shard-rows", "32", "--chunk-rows", "16"]
     args = ["import", str(tmp_path / "a.npz"), "--out", str(tmp_path / "s"), "--site", "resid_post.3", *small]
-    assert "name one of them with --tensor" in run(*args, code=1).stderr
-    done = run(*args, "--tensor", "x", "--encoding", "f32", "--json", str(tmp_path / "i.json"))
+    assert "name one of them with --tensor" in run_actstore(*args, code=1).stderr
+    done = run_actstore(*args, "--tensor", "x", "--encoding", "f32", "--json", str(tmp_path / "i.json"))
     figures = json.loads((tmp_path / "i.json").read_text())
     assert (figures["rows"], figures["rows_imported"], figures["format"]) == (100, 100, "numpy")
     assert "import: 100% (100 of 100 rows)" in done.stderr
     assert np.array_equal(in_order(open_store(tmp_path / "s")), normal(100, 6))
-    assert "--site" in run(*args[:4], code=2).stderr
-    assert "encoding is 'f16'" in run(*args, "--tensor", "x", "--encoding", "f16", code=2).stderr
+    assert "--site" in run_actstore(*args[:4], code=2).stderr
+    assert "encoding is 'f16'" in run_actstore(*args, "--tensor", "x", "--encoding", "f16", code=2).stderr

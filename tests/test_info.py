@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_actstore
 from conftest import SPEC, Known, write_known
-from test_cli import run
 
 from actstore.store import create_store, open_storage, open_store, record
 from actstore.store.attempt import Attempt
@@ -68,7 +68,7 @@ def test_an_open_ended_store(tmp_path: Path) -> None:
     writer = create_store(tmp_path / "s", spec)
     sites = {"resid_post.3": np.zeros((256, 24), np.uint16), "mlp_out.3": np.ones((256, 7), np.float32)}
     assert writer.write_bucket(0, sites, sequence=_zeros(256), position=_zeros(256), token_id=_zeros(256))
-    done = run("info", str(tmp_path / "s"), "--json", str(tmp_path / "i.json"))
+    done = run_actstore("info", str(tmp_path / "s"), "--json", str(tmp_path / "i.json"))
     figures = json.loads((tmp_path / "i.json").read_text())
     assert (figures["rows"], figures["planned_rows"], figures["planned_buckets"]) == (256, None, None)
     assert (figures["open_ended"], figures["complete"]) == (True, False)
@@ -82,7 +82,7 @@ def test_terminal_escapes_are_shown_not_sent(tmp_path: Path) -> None:
         "nested": {"a": ["\x1b[2J", "\u202eright to left", "[bold]markup[/]"]},
     }
     write_known(tmp_path / "s", replace(SPEC, rows=16, provenance=bad))
-    done = run("info", str(tmp_path / "s"), "--json", str(tmp_path / "i.json"))
+    done = run_actstore("info", str(tmp_path / "s"), "--json", str(tmp_path / "i.json"))
     for c in "\x1b\x07\u202e":
         assert c not in done.stdout
         assert c not in done.stderr

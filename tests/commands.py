@@ -1,0 +1,65 @@
+"""Command lines, and other Python, in processes of their own that need not import anything first.
+
+Multiprocessing's fork server imports what is heavy once for each test process; every process that runs here is a fork
+of it. A command then takes its work, not three seconds of imports.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+from typing import Any
+
+HEAVY = ["actstore.bench", "actstore.cli", "actstore.store.export", "actstore.stream", "trainer.cli", "trainer.sweep"]
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(HEAVY)
+
+
+def run_actstore(*args: str, code: int = 0, file_bytes: int | None = None) -> CompletedProcess[str]:
+    """Run `actstore` with arguments; it must end with the exit code and without a traceback.
+
+    Where `file_bytes` is given, no file that it writes may grow beyond that size.
+    """
+    done = run_in_fork(_actstore, file_bytes, args, timeout=240)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def _actstore(file_bytes: int | None, args: tuple[str, ...]) -> None:
+    from actstore.cli import main
+
+    if file_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    sys.argv = ["actstore", *args]
+    main()
+
+
+def run_in_fork(function: Callable[..., object], *args: Any, timeout: float = 120) -> CompletedProcess[str]:
+    """Call a function of a module in a fresh process with this one's environment and directory; wait for its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = CONTEXT.Process(target=_call, args=(dict(os.environ), out, err, function, args))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutExpired(function.__name__, timeout, out.read_text(), err.read_text())
+        return CompletedProcess(function.__name__, process.exitcode, out.read_text(), err.read_text())
+
+
+def _call(environment: Mapping[str, str], out: Path, err: Path, function: Callable[..., object], args: Any) -> None:
+    for file, descriptor in ((out, 1), (err, 2)):
+        with file.open("wb") as opened:
+            os.dup2(opened.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*args)
