@@ -1,7 +1,7 @@
-"""Command lines, and other Python, in processes of their own that need not import anything first.
+"""Command lines and functions in processes of their own that need not import anything first.
 
-Multiprocessing's fork server imports what is heavy once for each test process; every process that runs here is a fork
-of it. A command then takes its work, not three seconds of imports.
+Multiprocessing's fork server imports what is heavy once for each test process, and every process that starts here is a
+fork of it. A command then costs its work, without three seconds of imports.
 """
 
 import multiprocessing
@@ -11,11 +11,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 
 HEAVY = ["actstore.bench", "actstore.cli", "actstore.store.export", "actstore.stream", "trainer.cli", "trainer.sweep"]
+HEAVY += ["accelerate", "gcsfs", "s3fs", "hypothesis", "pytest"]
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(HEAVY)
@@ -43,11 +45,10 @@ def _actstore(file_bytes: int | None, args: tuple[str, ...]) -> None:
 
 
 def run_in_fork(function: Callable[..., object], *args: Any, timeout: float = 120) -> CompletedProcess[str]:
-    """Call a function of a module in a fresh process with this one's environment and directory; wait for its end."""
+    """Call a function of a module in a process of its own, and wait for its end."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = CONTEXT.Process(target=_call, args=(dict(os.environ), out, err, function, args))
-        process.start()
+        process = start_fork(_redirected, out, err, function, args)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -56,10 +57,21 @@ def run_in_fork(function: Callable[..., object], *args: Any, timeout: float = 12
         return CompletedProcess(function.__name__, process.exitcode, out.read_text(), err.read_text())
 
 
-def _call(environment: Mapping[str, str], out: Path, err: Path, function: Callable[..., object], args: Any) -> None:
+def _redirected(out: Path, err: Path, function: Callable[..., object], args: tuple[Any, ...]) -> None:
     for file, descriptor in ((out, 1), (err, 2)):
         with file.open("wb") as opened:
             os.dup2(opened.fileno(), descriptor)
+    function(*args)
+
+
+def start_fork(function: Callable[..., object], *args: Any) -> ForkServerProcess:
+    """Start a function of a module in a process of its own, with this one's environment and directory."""
+    process = CONTEXT.Process(target=_in_environment, args=(dict(os.environ), function, args))
+    process.start()
+    return process
+
+
+def _in_environment(environment: Mapping[str, str], function: Callable[..., object], args: tuple[Any, ...]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     function(*args)

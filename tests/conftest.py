@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from servers import backend_url, gcs_server, s3_server
+from servers import backend_url, every_backend_url, gcs_server, s3_server
 
 from actstore.capture import execute
 from actstore.capture.pool import Pool
@@ -133,6 +133,7 @@ __all__ = [
     "Known",
     "backend_url",
     "clear_memory",
+    "every_backend_url",
     "fill",
     "gcs_server",
     "random_sites",

@@ -187,9 +187,20 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def every_backend_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh root URL of every backend in turn."""
-    kind: str = request.param
+    return fresh_url(request.param, request, tmp_path, monkeypatch)
+
+
+@pytest.fixture(
+    params=[pytest.param(kind, marks=pytest.mark.slow) if kind == "s3-fsspec" else kind for kind in BACKENDS]
+)
+def backend_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same for what builds on the contract of test_storage.py: the second client of S3 is for the slow set."""
+    return fresh_url(request.param, request, tmp_path, monkeypatch)
+
+
+def fresh_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if kind == "local":
         return str(tmp_path / "root")
     if kind == "memory":

@@ -197,7 +197,7 @@ def test_the_driver_dies_and_is_started_again(cluster, config, undisturbed):
     check(config, undisturbed, kept=done)
 
 
-@pytest.mark.parametrize("backend", ["gs", "s3"])
+@pytest.mark.parametrize("backend", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
 def test_the_object_store_fails_for_a_while(cluster, config, undisturbed, backend, request, tmp_path, monkeypatch):
     server = request.getfixturevalue("gcs_server" if backend == "gs" else "s3_server")
     with FaultyProxy(server.url, kinds=["503"], seed=1) as proxy:

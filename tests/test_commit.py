@@ -2,17 +2,16 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import CONTEXT, start_fork
 from conftest import SPEC, fill, random_sites, write_known
 from faults import FaultyProxy
 from servers import Server
@@ -209,30 +208,32 @@ def finish(url: str) -> None:
     writer.finalise()
 
 
+def _announce_and_finish(url: str, ready: Connection) -> None:
+    open_storage(url).exists("x")  # connects
+    ready.send_bytes(b"ready")
+    finish(url)
+
+
 def _kill_at_random(url: str, kills: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_commit import finish, fill; from actstore.store "
-    code += (
-        "import open_storage; open_storage(sys.argv[2]).exists('x'); print('ready', flush=True); finish(sys.argv[2])"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent), url]
     for _ in range(kills):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(float(rng.exponential(0.15)))
-            os.kill(process.pid, signal.SIGKILL)
+        ready, theirs = CONTEXT.Pipe()
+        process = start_fork(_announce_and_finish, url, theirs)
+        assert ready.recv_bytes() == b"ready"
+        time.sleep(float(rng.exponential(0.15)))
+        process.kill()
+        process.join()
         if open_storage(url).exists("zarr.json"):
             assert damage(url) == []
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_kill_9_on_every_backend(backend_url: str, undisturbed: str, kills: int) -> None:
-    if backend_url.startswith("memory:"):
+def test_kill_9_on_every_backend(every_backend_url: str, undisturbed: str, kills: int) -> None:
+    if every_backend_url.startswith("memory:"):
         return  # dies with its process
-    _kill_at_random(backend_url, kills, seed=kills)
-    finish(backend_url)
-    whole(backend_url, SMALL, undisturbed)
+    _kill_at_random(every_backend_url, kills, seed=kills)
+    finish(every_backend_url)
+    whole(every_backend_url, SMALL, undisturbed)
 
 
 @pytest.mark.parametrize("kind", ["gs", "s3-fsspec", "s3-obstore"])

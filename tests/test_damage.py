@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from commands import run_actstore
 from conftest import fill, random_sites
-from test_cli import run
 
 from actstore.errors import ActstoreError
 from actstore.store import SiteSpec, StoreSpec, codec, create_store, open_storage, open_store
@@ -292,6 +292,6 @@ def test_the_command_line_prints_one_line_for_each_damaged_object(whole: Whole) 
     keys = ["attn_out.3/c/0/0", "commits/00000001.json", "mlp_out.3/zarr.json", "token_id/c/0"]
     contents = {k: None if k.startswith("token_id") else whole.objects[k][:-1] for k in keys}
     with damaged(whole, contents):
-        lines = run("verify", str(whole.root), "--deep", code=1).stdout.splitlines()
+        lines = run_actstore("verify", str(whole.root), "--deep", code=1).stdout.splitlines()
     assert sorted(line.split(":")[0] for line in lines) == keys
-    assert "intact" in run("verify", str(whole.root), "--deep").stdout
+    assert "intact" in run_actstore("verify", str(whole.root), "--deep").stdout

@@ -2,15 +2,13 @@
 
 import json
 import random
-import signal
-import subprocess
-import sys
-import textwrap
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import CONTEXT, start_fork
 from conftest import SPEC, Known, replace, write_known
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,7 +53,10 @@ def whole(known_: Known) -> list[int]:
         return [i for _ in range(2) for step in steps_of(ds) for i in step]
 
 
-@pytest.mark.parametrize(("world", "isolate"), [(1, False), (2, False), (4, False), (8, False), (1, True), (2, True)])
+@pytest.mark.parametrize(
+    ("world", "isolate"),
+    [(1, False), (2, False), (4, False), (8, False), (1, True), pytest.param(2, True, marks=pytest.mark.slow)],
+)
 def test_any_world_size_in_threads_or_isolated(known_: Known, whole: list[int], world: int, isolate: bool) -> None:
     ranks = []
     for r in range(world):
@@ -101,38 +102,34 @@ def test_many_stops_with_changing_world_sizes(known_: Known, whole: list[int], s
     assert got == whole
 
 
-CONSUMER = textwrap.dedent("""
-    import json, sys, actstore
-    url, log, isolate = sys.argv[1:]
-    ds = actstore.ActivationDataset(url, sites=["resid_post.3"], with_rows=True, batch_size=16, shuffle_chunks=16,
-                                    isolate=isolate == "1")
-    lines = open(log).read().splitlines()
-    if lines:
+def consume(url: str, log: Path, isolate: bool, each: Connection) -> None:
+    """Log rows and state of batch after batch, from the last state in the log on, and say so through `each`."""
+    ds = dataset(url, isolate=isolate)
+    if lines := log.read_text().splitlines():
         ds.load_state_dict(json.loads(lines[-1])["state"])
-    with open(log, "a", buffering=1) as out:
+    with log.open("a", buffering=1) as out:
         while True:
             for batch in ds:
                 print(json.dumps({"rows": batch["sequence"].tolist(), "state": ds.state_dict()}), file=out)
-                print(flush=True)
-""")
+                each.send_bytes(b"batch")
 
 
 def consume_and_kill(url: str, log: Path, isolate: bool, stops: list[int]) -> list[int]:
     """Rows of a consumer that is killed (SIGKILL) about so many batches after each start."""
     log.touch()
     for stop in stops:
-        command = [sys.executable, "-c", CONSUMER, url, str(log), "1" if isolate else "0"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for _ in range(stop):
-                assert process.stdout.readline()
-            process.send_signal(signal.SIGKILL)
+        each, theirs = CONTEXT.Pipe()
+        process = start_fork(consume, url, log, isolate, theirs)
+        for _ in range(stop):
+            assert each.recv_bytes() == b"batch"
+        process.kill()
+        process.join()
         text = log.read_text()
         log.write_text(text[: text.rfind("\n") + 1])
     return [i for line in log.read_text().splitlines() for i in json.loads(line)["rows"]]
 
 
-@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("isolate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kill_and_resume(known_: Known, whole: list[int], tmp_path: Path, isolate: bool) -> None:
     stops = [3, 62] if isolate else [1, 62, 5]
     got = consume_and_kill(known_.url, tmp_path / "log", isolate, stops)
@@ -235,6 +232,21 @@ def test_epochs_and_seeds_are_independent() -> None:
     assert np.corrcoef(*same)[0, 1] > 0.99
 
 
+def sequences(order: StreamOrder, sequence: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """The sequence that each row of a stream comes from; `sequence` [places, chunks, rows] has it by place."""
+    found: list[np.ndarray] = []
+    while start < stop:
+        t = order.slot_at(start)
+        slot, at = order.slot(t), start - order.first_row(t)
+        end = min(slot.rows, at + stop - start)
+        slices, row = order.rows_of(t, slot, at, end)
+        pieces = [order.piece(i) for i in slot.pieces]
+        place, chunk = (np.array([getattr(p, name) for p in pieces])[slices] for name in ("place", "chunk"))
+        found.append(sequence[place, chunk, row])
+        start += end - at
+    return np.concatenate(found)
+
+
 def test_the_ends_of_an_epoch_are_as_well_mixed_as_the_rest() -> None:
     """Same-sequence pairs in the first and the last 2% of an epoch against the design effect."""
     length, chunk_rows, bucket_chunks, buckets, streams, mix, batch = 64, 256, 16, 64, 4, 4, 256
@@ -248,21 +260,14 @@ def test_the_ends_of_an_epoch_are_as_well_mixed_as_the_rest() -> None:
     for seed in range(12):
         rng = np.random.default_rng(seed)
         sequence = np.stack([rng.permutation(bucket_rows) // length + b * 1000 for b in range(buckets)])
+        sequence = sequence.reshape(buckets, bucket_chunks, chunk_rows)
         orders = [
             StreamOrder(g, seed=seed, epoch=0, streams=streams, stream=s, mix=mix, shuffle=True) for s in range(streams)
         ]
         for name, start in (("first", 0), ("middle", steps // 2), ("last", steps - edge)):
-            for step in range(start, start + edge):
-                ids: list[int] = []
-                for o in orders:
-                    for x in range(step * share, (step + 1) * share):
-                        t = o.slot_at(x)
-                        slot = o.slot(t)
-                        at = x - o.first_row(t)
-                        slices, row = o.rows_of(t, slot, at, at + 1)
-                        p = o.piece(slot.pieces[int(slices[0])])
-                        ids.append(int(sequence[p.place, p.chunk * chunk_rows + int(row[0])]))
-                counts = np.unique(ids, return_counts=True)[1]
+            streamed = [sequences(o, sequence, start * share, (start + edge) * share) for o in orders]
+            for batch_ids in np.stack(streamed, 1).reshape(edge, share * streams):
+                counts = np.unique(batch_ids, return_counts=True)[1]
                 found[name].append(float((counts * (counts - 1)).sum()) / batch)
     for name, pairs in found.items():
         error = np.std(pairs) / np.sqrt(len(pairs))

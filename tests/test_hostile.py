@@ -13,8 +13,6 @@ import os
 import re
 import resource
 import struct
-import subprocess
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from commands import run_in_fork
 from conftest import fill, random_sites
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -411,18 +410,16 @@ def test_a_manifest_of_a_longer_store_does_not_stretch_this_one(root: Path) -> N
             assert "describe different stores" in said[0]
 
 
-def in_child(call: str, timeout: float = 120) -> str:
-    """Output of a function of this module in its own process, where a crash or a hang shows and memory is counted."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_hostile as t; t.frugal(t.{call})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=False)
+def in_child(make: Callable[..., Callable[[], object]], *args: Any, timeout: float = 120) -> str:
+    """Output of the work that a function makes, in its own process, where a crash shows and memory is counted."""
+    done = run_in_fork(frugal, make, args, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-3000:])
     return done.stdout
 
 
-def frugal(work: Callable[[], object]) -> None:
-    """Run it and print what it says; fails if memory grew by more than 768 MiB on the way."""
+def frugal(make: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> None:
+    """Do it and print what it says; fails if memory grew by more than 768 MiB on the way."""
+    work = make(*args)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(work())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 768 << 10
@@ -451,7 +448,7 @@ def flip_manifest(root: str, count: int) -> Callable[[], dict[str, int]]:
 
 @pytest.mark.parametrize("count", [150, pytest.param(4000, marks=slow)])
 def test_no_manifest_crashes_the_parser(tmp_path: Path, count: int) -> None:
-    print(in_child(f"flip_manifest({str(build(tmp_path / 's', 'planes'))!r}, {count})", 1000))
+    print(in_child(flip_manifest, str(build(tmp_path / "s", "planes")), count, timeout=1000))
 
 
 @pytest.mark.parametrize("kind", [1, 3, 7])
@@ -492,7 +489,7 @@ def blosc_chunks(count: int) -> Callable[[], dict[str, int]]:
 
 @pytest.mark.parametrize("count", [5000, pytest.param(500_000, marks=slow)])
 def test_no_blosc_chunk_crashes_its_decoder(count: int) -> None:
-    print(in_child(f"blosc_chunks({count})", 1000))
+    print(in_child(blosc_chunks, count, timeout=1000))
 
 
 def frame(claim: int, content: bytes) -> bytes:
@@ -608,7 +605,7 @@ def bombs(root: str) -> Callable[[], list[list[str]]]:
 
 
 def test_bombs_are_refused_before_they_unpack(tmp_path: Path) -> None:
-    said = in_child(f"bombs({str(build(tmp_path / 's', 'planes'))!r})")
+    said = in_child(bombs, str(build(tmp_path / "s", "planes")))
     assert [w in said for w in ("column attempt has 2 values in 1677", "not a short id", "values, at most")] == [
         True
     ] * 3, said
@@ -670,4 +667,4 @@ def fifos(root: str) -> Callable[[], list[str]]:
 
 
 def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
-    assert in_child(f"fifos({str(build(tmp_path / 's', 'planes'))!r})", 15).strip() == "[]"
+    assert in_child(fifos, str(build(tmp_path / "s", "planes"))).strip() == "[]"

@@ -27,8 +27,8 @@ REMOTE = ("gs", "s3-fsspec", "s3-obstore")
 
 
 @pytest.fixture
-def storage(backend_url: str) -> Storage:
-    return open_storage(backend_url)
+def storage(every_backend_url: str) -> Storage:
+    return open_storage(every_backend_url)
 
 
 def together(n: int, job: Callable[[int], Any]) -> list[Any]:

@@ -218,10 +218,10 @@ def test_after_a_fork_the_child_reads_for_itself(known: Known) -> None:
 def test_state_is_small_and_cheap(known: Known) -> None:
     ds = dataset(known.url)
     assert len(repr(ds.state_dict())) < 1000
-    began = time.perf_counter()
+    began = time.thread_time()
     for _ in range(1000):
         ds.state_dict()
-    assert time.perf_counter() - began < 1.0
+    assert time.thread_time() - began < 1.0
 
 
 def test_stats_and_explain_add_up(known: Known) -> None:
