@@ -3,6 +3,7 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before torch imports Triton, which looks at it then
+os.environ["OMP_NUM_THREADS"] = "1"  # of child processes: threads that wait for each other are slow beside other tests
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace

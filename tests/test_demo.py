@@ -1,7 +1,6 @@
 """`actstore demo`, whole: the figures that the project promises, and a report that needs nothing else."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,10 +20,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     program = f"import sys; sys.argv = ['actstore', 'demo', '--out', {str(out)!r}, '--json', {str(out / 'f.json')!r}]; "
     program += "from actstore.cli import main; main()"
-    # two threads that wait for each other at every operator are slow beside other tests
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "loss recovered" in done.stdout
     assert str(out / "report.html") in done.stdout
@@ -32,7 +29,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_figures(demo: Path) -> None:
     figures = json.loads((demo / "f.json").read_text())
     assert set(figures) == KEYS

@@ -4,16 +4,16 @@ import errno
 import json
 import os
 import secrets
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import CONTEXT, run_in_fork, start_fork
 from faults import KINDS, Fault, FaultyProxy
 from servers import BUCKET, Server
 
@@ -299,28 +299,27 @@ def test_data_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch: pyte
     assert log == file_then_name_then_directory * 3
 
 
+def hold_the_lock(folder: Path, held: Connection) -> None:
+    with LocalStorage(folder)._lock():
+        held.send_bytes(b"held")
+        time.sleep(600)
+
+
 def test_a_killed_process_frees_the_lock(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.put("x", b"old")
-    code = f"""
-import time
-from pathlib import Path
-from actstore.store.storage import LocalStorage
-with LocalStorage(Path({str(tmp_path)!r}))._lock():
-    print("held", flush=True)
-    time.sleep(600)
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"held\n"
-        found = storage.stat("x")
-        assert found is not None
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(storage.replace, "x", b"new", found.version)
-            time.sleep(0.2)
-            assert not waiting.done()
-            child.send_signal(signal.SIGKILL)
-            assert waiting.result(10)
+    held, theirs = CONTEXT.Pipe()
+    child = start_fork(hold_the_lock, tmp_path, theirs)
+    assert held.recv_bytes() == b"held"
+    found = storage.stat("x")
+    assert found is not None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(storage.replace, "x", b"new", found.version)
+        time.sleep(0.2)
+        assert not waiting.done()
+        child.kill()
+        assert waiting.result(60)
+    child.join()
     assert storage.get("x") == b"new"
 
 
@@ -404,7 +403,7 @@ def test_lasting_failure_ends_in_one_line(
         started = time.monotonic()
         with pytest.raises(StoreError, match=r"could not read some/key: \d+ tries within 2 s, .*RETRY_DEADLINE") as e:
             storage.get("some/key")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         assert "\n" not in str(e.value)
         assert "Signature" not in str(e.value)
         assert len(proxy.requests) >= 3
@@ -416,7 +415,7 @@ def test_a_server_that_never_answered_gets_less_time(
 ) -> None:
     """An address that nobody listens at is given up on sooner than a server that stopped answering."""
     with FaultyProxy(server.url, [None] if answered else [], rate=1.0, kinds=["drop"]) as proxy:
-        storage = through(proxy, kind, server.fresh(), monkeypatch, 2)
+        storage = through(proxy, kind, server.fresh(), monkeypatch, 2 if answered else 60)
         if answered:
             assert storage.stat("x") is None
         monkeypatch.setattr(storage_remote, "FIRST_CONTACT", 0.5)
@@ -426,7 +425,7 @@ def test_a_server_that_never_answered_gets_less_time(
         )
         with pytest.raises(StoreError, match=words):
             storage.get("x")
-        assert answered or time.monotonic() - started < 1.5
+        assert answered or time.monotonic() - started < 30
 
 
 def test_http_is_refused_at_once(s3_server: Server) -> None:
@@ -530,29 +529,26 @@ def test_soak_under_faults(kind: str, server: Server, monkeypatch: pytest.Monkey
 
 # Forks, engines, messages
 
-FORK = """
-import os, sys
-from actstore.errors import StoreError
-from actstore.store.storage import open_storage
-url, parent, child = sys.argv[1:]
-inherited = open_storage(url, engine=parent)
-inherited.put("x", b"data")
-pid = os.fork()
-if pid == 0:
-    try:
-        made = inherited if child == "inherited" else open_storage(url, engine=child)
-        code = 0 if made.get("x") == b"data" and made.create("y", b"y") else 3
-    except StoreError as e:
-        print(e, flush=True)
-        code = 4
-    except BaseException as e:
-        print(repr(e), flush=True)
-        code = 5
-    os._exit(code)
-code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-assert inherited.get("x") == b"data"
-sys.exit(code)
-"""
+
+def fork(url: str, parent: str, child: str) -> None:
+    """Exit with the child's code: 0 if it read and wrote, 4 if that was refused."""
+    inherited = open_storage(url, engine=parent)
+    inherited.put("x", b"data")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            made = inherited if child == "inherited" else open_storage(url, engine=child)
+            code = 0 if made.get("x") == b"data" and made.create("y", b"y") else 3
+        except StoreError as e:
+            print(e, flush=True)
+            code = 4
+        except BaseException as e:  # noqa: BLE001  the child must end here, whatever happens
+            print(repr(e), flush=True)
+            code = 5
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert inherited.get("x") == b"data"
+    sys.exit(code)
 
 
 @pytest.mark.parametrize(
@@ -569,8 +565,7 @@ sys.exit(code)
 )
 def test_fork(scheme: str, parent: str, child: str, code: int, request: pytest.FixtureRequest) -> None:
     server: Server = request.getfixturevalue("gcs_server" if scheme == "gs" else "s3_server")
-    command = [sys.executable, "-c", FORK, server.fresh(), parent, child]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    done = run_in_fork(fork, server.fresh(), parent, child)
     assert done.returncode == code, done.stdout + done.stderr
     assert ("before this process was forked" in done.stdout) == (code == 4)
 

@@ -4,11 +4,10 @@ Both are shown without a GPU: tensors of the device `meta` have no values to ask
 branch on one either. In a process of its own, because the tests' jaxtyping hook can't be traced.
 """
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
+from commands import run_in_fork
 
 SLOW = pytest.mark.slow
 
@@ -28,10 +27,13 @@ COMMON = """
 
 
 def run(code):
-    command = [sys.executable, "-c", textwrap.dedent(COMMON) + textwrap.dedent(code)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)
+    done = run_in_fork(execute, textwrap.dedent(COMMON) + textwrap.dedent(code), timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def execute(code):
+    exec(compile(code, "code", "exec"), {"__name__": "code"})
 
 
 def test_the_step_asks_the_device_for_nothing():

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import signal
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from commands import CONTEXT
 from safetensors.torch import load_file
 from test_trainer_resume import SITES, config_of, content, make_store, run
 
@@ -68,10 +68,8 @@ def member(rank, world, init, function, arguments):
 
 def processes(world, tmp_path, function, *arguments, timeout=100):
     """What `function` returns, or the message of its error, by rank; the exit code of processes that were killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.sweep"])
     init = tmp_path / f"group_{uuid.uuid4().hex}"
-    members = [context.Process(target=member, args=(rank, world, init, function, arguments)) for rank in range(world)]
+    members = [CONTEXT.Process(target=member, args=(rank, world, init, function, arguments)) for rank in range(world)]
     for process in members:
         process.start()
     deadline, found = time.monotonic() + timeout, []
@@ -241,7 +239,7 @@ def gathered(_):
     return ranks.gather(rows).float().numpy(), ranks.same(4), ranks.same(ranks.rank)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_batches_are_bitwise_those_of_one_process(world, store, tmp_path):
     """Over the end of an epoch of 16 batches."""
     expected = read(store, 20)
@@ -301,7 +299,7 @@ def whole(store, tmp_path_factory):
         ([1], 23, 0, 20),
         ([0, 1], 30, 0, 28),
         ([1], -1, 2, 4),
-        ([0], -1, 2, 0),
+        pytest.param([0], -1, 2, 0, marks=pytest.mark.slow),
         ([0], -1, 3, 0),
         ([0], -1, 4, 4),
     ],
