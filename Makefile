@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/actstore demo --out demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -22,7 +22,15 @@ from actstore.capture.worker import Replica, ReplicaConfig
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.store.record import CommitRecord
 
+LONGEST = ("test_demo.py", "test_cluster.py", "test_readme.py", "test_trainer_synthetic.py", "test_trainer_parallel.py")
+"""Files that start first, so that no process is left alone with one of them at the end."""
+
 torch.set_num_threads(1)  # the models here are so small that threads only get in each other's way
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @dataclass(frozen=True)

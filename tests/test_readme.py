@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.timeout(1800)
 def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "python", "bash", "bash"]
