@@ -54,11 +54,11 @@ def settle(config: Run, checkpoints: Sequence[Path], progress: Progress) -> Run:
     checkpoint that can't be read.
     """
     device, reason = choose_device(config.device)
-    say(progress, f"device {device} ({reason})")
+    progress.say(f"device {device} ({reason})")
     compute, reason = _choose_compute(config, device, checkpoints if config.resume else ())
     if device != "cpu" and compute == "float32":
         reason += "; on a GPU its products are TF32, where the GPU has that"
-    say(progress, f"compute {compute} ({reason})")
+    progress.say(f"compute {compute} ({reason})")
     return replace(config, device=device, compute=compute)
 
 
@@ -97,8 +97,3 @@ def tf32_products(device: str) -> Generator[None]:
         with catch_warnings():
             simplefilter("ignore")
             matmul.allow_tf32 = before
-
-
-def say(progress: Progress, line: str) -> None:
-    """Print one line of text where the progress is shown."""
-    progress.console.print(line, highlight=False, markup=False, soft_wrap=True)

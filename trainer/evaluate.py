@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,17 +32,18 @@ from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
+from actstore.capture.config import Precision
+from actstore.capture.precision import slow_bfloat16
 from actstore.errors import ActstoreError, MismatchError
 from actstore.progress import Progress
 from actstore.tokens.table import TokenTable
 from trainer.card import EVALUATION, config_digest
 from trainer.config import EvalConfig
-from trainer.device import choose_device, say
+from trainer.device import choose_device
 from trainer.files import CONFIG, WEIGHTS, SavedSAE, model_dtype_of, model_of, write_json
 from trainer.releases import load_any
 from trainer.splice import cross_entropy, place_of, splice, watch
 
-Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 DENSE = 0.1
@@ -312,12 +313,12 @@ def evaluate_saved(config: EvalConfig, progress: Progress | None = None) -> tupl
 
     display = progress or Progress()
     device, reason = choose_device(config.device)
-    say(display, f"device {device} ({reason})")
+    display.say(f"device {device} ({reason})")
     config, paths = replace(config, device=device), saes_in(config.sae)
     saes = {path: load_any(path, site=config.site, device=config.device) for path in paths}
     tables = {url: open_tokens(url) for url in config.tokens}
     dtype, reason = _choose_dtype(config, tuple(saes.values()))
-    say(display, f"model in {dtype} ({reason})")
+    display.say(f"model in {dtype} ({reason})")
     done = {path: list[Evaluation]() for path in paths}
     for name in config.model or sorted({model_of(saved) for saved in saes.values()}):
         for path, found in _on_model(name, dtype, saes, tables, config, display):
@@ -339,7 +340,9 @@ def _choose_dtype(config: EvalConfig, saes: Sequence[SavedSAE]) -> tuple[Precisi
     recorded = {model_dtype_of(saved) for saved in saes}
     for dtype in PRECISIONS:
         if recorded == {dtype}:
-            return dtype, "auto: what the store was captured in"
+            slow = "; slow, this processor has no bfloat16 products, float32 is faster"
+            reason = "auto: what the store was captured in"
+            return dtype, reason + slow * (dtype == "bfloat16" and slow_bfloat16(config.device))
     what = "the SAEs' stores do not agree" if len(recorded) > 1 else "no SAE records what its store was captured in"
     return "float32", f"auto: {what}"
 

@@ -20,6 +20,7 @@ from trainer.parts import (
     StepStatistics,
     accumulate,
     affine,
+    combine,
     copies,
     decoder_backward,
     decoder_forward,
@@ -108,7 +109,7 @@ class GatedSAE:
         for slope in grad.values():
             slope.mul_(2 / batch)
         if recipe.pre_bias:
-            grad["b_dec"] -= self.W_enc @ (grad["b_gate"] + stretch * grad["b_mag"])
+            grad["b_dec"] -= combine(self.W_enc, grad["b_gate"] + stretch * grad["b_mag"])
         mse = squares / batch
         loss = mse + frozen / batch + coefficient * (open_ * norms).sum() / batch
         return grad, StepStatistics(loss, mse, fired.sum() / batch, fired)

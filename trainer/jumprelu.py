@@ -22,6 +22,7 @@ from trainer.parts import (
     accumulate,
     affine,
     by_columns,
+    combine,
     copies,
     decoder_backward,
     decoder_forward,
@@ -162,7 +163,7 @@ class JumpReLUSAE:
         for slope in grad.values():
             slope.mul_(2 / batch)
         if recipe.pre_bias:
-            grad["b_dec"] -= self.W_enc @ grad["b_enc"]
+            grad["b_dec"] -= combine(self.W_enc, grad["b_enc"])
         l0 = (fired if counts is None else counts).sum() / batch
         frequent, revival = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
         cost, price = self._sparsity(l0, coefficient)

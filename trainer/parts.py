@@ -167,6 +167,18 @@ def multiply(a: Float[Tensor, "rows m"], b: Float[Tensor, "m n"]) -> Float[Tenso
     return a.float() @ b.float()
 
 
+def combine(W_enc: Float[Tensor, "d_model d_sae"], weights: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_model"]:
+    """`W_enc weights`: what the pre-encoder bias gets from the slopes of b_enc.
+
+    On a CPU the sum goes block by block, because MKL splits a matrix-vector product by threads and its last bits then
+    depend on their number (seen with torch 2.13 on an Intel Xeon with AMX).
+    """
+    if not on_cpu(W_enc):
+        return W_enc @ weights
+    blocks = [(W_enc[:, block] * weights[block]).sum(1) for block in columns(W_enc)]
+    return torch.stack(blocks).sum(0)
+
+
 def affine(
     bias: Float[Tensor, " n"] | Float[Tensor, "rows n"], a: Float[Tensor, "rows m"], W: Float[Tensor, "m n"]
 ) -> Float[Tensor, "rows n"]:

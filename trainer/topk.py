@@ -18,6 +18,7 @@ from trainer.parts import (
     StepStatistics,
     accumulate,
     affine,
+    combine,
     copies,
     decoder_backward,
     decoder_forward,
@@ -120,7 +121,7 @@ class TopKSAE:
         for slope in grad.values():
             slope.mul_(2 / batch)
         if recipe.pre_bias:
-            grad["b_dec"] -= self.W_enc @ grad["b_enc"]
+            grad["b_dec"] -= combine(self.W_enc, grad["b_enc"])
         mse = squares / batch
         return grad, StepStatistics(mse + (nested + auxiliary) / batch, mse, fired.sum() / batch, fired)
 
