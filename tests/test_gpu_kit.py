@@ -36,13 +36,15 @@ def test_every_part_runs_and_is_recorded(tmp_path: Path) -> None:
         assert f"not measured: {name}" in done.stdout
 
 
-def test_a_wrong_value_fails_the_run(tmp_path: Path) -> None:
-    """A check that can't fail would prove nothing: with a tolerance of 0 bfloat16 rounding fails it."""
-    code = f"import sys; sys.path.insert(0, {str(KIT.parent)!r}); import gpu; gpu.TOLERANCE['bfloat16'] = 0.0; "
-    code += "sys.argv = ['gpu.py', '--device', 'cpu', '--quick', '--only', 'values']; sys.exit(gpu.main())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "FAILED (at most 0)" in done.stdout
+def test_a_wrong_value_a_nan_and_an_error_fail_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(KIT.parent))
+    from kit.record import QUICK, Kit, Record
+
+    for value, expected in ((1e-4, True), (2e-3, False), (float("nan"), False)):
+        record = Record(device="cpu", quick=True, machine={})
+        Kit(device="cpu", size=QUICK, folder=Path(), record=record).check("values", "x", value, 1e-3)
+        assert record.ok == expected
+    assert not Record(device="cpu", quick=True, machine={}, failed={"loader": "OSError"}).ok
 
 
 def test_without_a_gpu_the_command_says_what_runs_instead() -> None:
