@@ -27,6 +27,8 @@ BUCKET_ROWS = 1 << 17
 SHARD_ROWS = 1 << 14
 D_SAE = 1536
 STEPS = 1500
+HELDOUT_SEQUENCES = 192
+"""Of the 469 held-out sequences: 49,000 tokens, each of which takes three passes of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,6 @@ def _capture(out: Path, progress: Progress) -> Any:
         sites=(SITE,),
         out=str(out / "store"),
         workers=2,
-        batch_size=16,
         bucket_rows=BUCKET_ROWS,
         shard_rows=SHARD_ROWS,
         rows=ROWS,
@@ -175,7 +176,7 @@ def _evaluate(out: Path, progress: Progress) -> Any:
     from trainer.evaluate import evaluate_saved
 
     tokens = (str(out / "heldout"),)
-    config = EvalConfig(sae=out / "sae", tokens=tokens, model=(builtin.NAME,), batch_sequences=16)
+    config = EvalConfig(sae=out / "sae", tokens=tokens, model=(builtin.NAME,), sequences=HELDOUT_SEQUENCES)
     return evaluate_saved(config, progress)[0]
 
 
