@@ -203,7 +203,7 @@ def test_damaged_provenance_is_noticed(store: str, tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_row_that_passes_exactly_once_in_equal_streams(data: st.DataObject) -> None:
     chunk_rows, chunks, buckets = (data.draw(st.integers(1, n)) for n in (9, 6, 5))
     g = Geometry(chunk_rows=chunk_rows, chunks_per_bucket=chunks, buckets=buckets)

@@ -86,7 +86,7 @@ def cases(draw):
     return change, sizes, draw(st.integers(1, 50)), draw(st.integers(0, 10**6))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_sparse_is_dense_is_the_reference(case, monkeypatch):
     keep_up_to(monkeypatch, 1)

@@ -99,7 +99,7 @@ def test_comparisons_are_strict(path, compute, monkeypatch):
 def test_nan_shows_in_the_loss(path, monkeypatch):
     if path == "sparse":
         sparsely(monkeypatch)
-    sae, x = random_sae(TRITON), batch()
+    sae, x = random_sae(TRITON), batch(6)
     x[3, 2] = torch.nan
     assert sae.loss_and_gradients(x, 0.02)[1].loss.isnan()
 
