@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -21,7 +23,7 @@ from rich.console import Console
 from tiny import config_of, model_of, save, save_gguf, tokenizer_of
 
 from actstore import keyed
-from actstore.capture import CaptureConfig, capture, parse_sites
+from actstore.capture import CaptureConfig, bucket, capture, parse_sites
 from actstore.capture import execute as execute_module
 from actstore.capture import pool as pool_module
 from actstore.capture import run as run_module
@@ -33,7 +35,7 @@ from actstore.errors import ActstoreError, CaptureError, MismatchError, TokensEr
 from actstore.progress import Progress
 from actstore.store import open_store, open_writer
 from actstore.store.storage import PARTIAL
-from actstore.tokens import TokenizeConfig, open_tokens, row_starts, rows_of, span_of, tokenize
+from actstore.tokens import TokenizeConfig, TokenTable, open_tokens, row_starts, rows_of, span_of, tokenize
 from actstore.tokens.tokenizer import load_tokenizer
 
 TEXTS = [f"Document {i}: the quick brown fox, {'jumps over ' * (i % 13)}the lazy dog.\n\nEnd {i}." for i in range(120)]
@@ -189,6 +191,38 @@ def test_a_bucket_does_not_depend_on_the_others(folder):
         part, found = rows(first, stop)
         assert np.array_equal(part, whole[first:stop])
         assert np.array_equal(found.token_id, provenance.token_id[first:stop])
+
+
+def test_the_next_bucket_s_ids_are_read_while_a_bucket_s_passes_run(config, in_process, monkeypatch):
+    read, passes = threading.Semaphore(0), 0
+    ids, rows = TokenTable.ids, bucket.bucket_rows
+
+    def reading(self, first, stop):
+        found = ids(self, first, stop)
+        if threading.current_thread().name.startswith("two-calls"):
+            read.release()
+        return found
+
+    def passing(*args, **options):
+        nonlocal passes
+        passes += 1
+        for _ in range(2 if passes == 1 else 0):  # the first bucket's own ids, and those of the second
+            assert read.acquire(timeout=60), "the second bucket's ids wait for the first one's passes"
+        return rows(*args, **options)
+
+    class TwoCalls(execute_module.Pool):
+        def run(self, todo):
+            self._quiet.start()
+            with ThreadPoolExecutor(2, "two-calls") as pool:
+                for summary in pool.map(self._quiet.capture, todo):
+                    self._told.done(summary)
+
+    monkeypatch.setattr(TokenTable, "ids", reading)
+    monkeypatch.setattr(bucket, "bucket_rows", passing)
+    monkeypatch.setattr(execute_module, "Pool", TwoCalls)
+    capture(config, QUIET)
+    assert passes > 1
+    check_store(config)
 
 
 def test_a_second_run_finds_nothing_to_do(config, in_process, monkeypatch):
