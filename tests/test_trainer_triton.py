@@ -59,7 +59,7 @@ def test_triton_is_torch_is_the_reference(path, case, monkeypatch):
     if path == "sparse":
         sparsely(monkeypatch)
     change, sizes, n, seed = case
-    recipe, n = dataclasses.replace(TRITON, **change), min(n, 12)  # every operation of every pair is interpreted
+    recipe, n = dataclasses.replace(TRITON, **change), min(n, 6)  # every operation of every pair is interpreted
     sae, x = random_sae(recipe, **sizes, seed=seed), batch(n, sizes["d"], seed)
     y = batch(n, sizes["d_out"], seed + 1) if sizes["d_out"] else None
     dead = torch.arange(sizes["w"]) % 3 == 0
@@ -157,7 +157,7 @@ def test_updates_are_those_of_torch(path, change, monkeypatch):
     sae = random_sae(dataclasses.replace(TRITON, **change))
     other = by_torch(random_sae(sae.recipe))
     (moments, moments_other), before = (second_moments(sae), second_moments(other)), sae.W_dec.clone()
-    for step in range(3):
+    for step in range(2):
         gradients, _ = sae.loss_and_gradients(batch(6, seed=step), 0.02)
         same = {name: slope.clone(memory_format=torch.preserve_format) for name, slope in gradients.items()}
         update(sae, gradients, moments, step=step, rate=1e-3, recipe=sae.recipe)
@@ -173,10 +173,10 @@ def test_updates_are_those_of_torch(path, change, monkeypatch):
 def test_training_ends_where_torch_ends(path, monkeypatch):
     if path == "sparse":
         sparsely(monkeypatch)
-    batches, results = [batch(6, seed=i) for i in range(5)], []
+    batches, results = [batch(6, seed=i) for i in range(3)], []
     for sae in (random_sae(TRITON), by_torch(random_sae(TRITON))):
-        run = start("sae", sae, 5)
-        train_many([run], batches, steps=5, scale=1.0)
+        run = start("sae", sae, 3)
+        train_many([run], batches, steps=3, scale=1.0)
         results.append(run.state)
     moved = (results[0]["parameters/W_dec"] - random_sae(TRITON).W_dec).abs().max()
     for name, tensor in results[1].items():
