@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Tests wait for servers, kills and Ray half of the time, so one process more than there are cores.
+PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1, 5))')
 
 .PHONY: demo test test-slow test-peers lint format builtin clean
 
@@ -9,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/actstore demo --out demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder --durations=10
+	$(BIN)/python -m pytest -m "not slow" -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
