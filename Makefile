@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Tests wait for servers, kills and Ray half of the time, so one process more than there are cores.
-PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1, 5))')
+# Tests wait for servers, kills and Ray more than half of the time, so there are two processes a core.
+PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2 * os.cpu_count(), 6))')
 
 .PHONY: demo test test-slow test-peers lint format builtin clean
 

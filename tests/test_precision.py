@@ -17,7 +17,7 @@ from actstore.capture import CaptureConfig, capture, cluster, precision
 from actstore.capture.config import RepairConfig
 from actstore.capture.precision import choose, saved_precision
 from actstore.capture.worker import Replica
-from actstore.errors import CaptureError
+from actstore.errors import CaptureError, StoreError
 from actstore.progress import Progress
 from actstore.store import open_store
 from actstore.tokens import TokenizeConfig, tokenize
@@ -55,6 +55,20 @@ def test_a_store_has_decided_already(products):
             choice = chosen(device=device, recorded={"dtype": recorded, "attention": "flex_attention"})
             assert (choice.dtype, choice.attention) == (recorded, "flex_attention")
     assert chosen(recorded={"name": "imported"}).attention == "eager"
+
+
+@pytest.mark.parametrize("name", ["someone/kernel", "paged|sdpa", 3, None])
+def test_an_attention_that_would_be_fetched_and_run_is_refused(name):
+    with pytest.raises(StoreError, match=r"the store names attention .*, expected one of default, eager, sdpa"):
+        chosen(recorded={"dtype": "float32", "attention": name})
+
+
+def test_flash_attention_is_never_fetched(tmp_path):
+    from actstore.capture.model import load_model
+
+    save(tmp_path / "gemma", "gemma2", torch.float32, TEXTS)
+    with pytest.raises(CaptureError, match="captured with flash attention; pip install flash-attn"):
+        load_model(str(tmp_path / "gemma"), attention="flash_attention_2")
 
 
 def test_a_gpu_takes_bfloat16_if_it_has_it():
@@ -161,8 +175,9 @@ def test_repair_takes_the_store_s_precision(run, monkeypatch, tmp_path):
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(run, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(CaptureError, match="device cuda: torch finds no GPU on this machine; use --device cpu"):
-        run(device="cuda")
+    for changes in ({"device": "cuda"}, {"devices_per_worker": 2}):
+        with pytest.raises(CaptureError, match="GPUs per worker: torch finds 0 on this machine; use --device cpu"):
+            run(**{"device": "auto", **changes})
     assert not (tmp_path / "store").exists()
 
 

@@ -14,6 +14,7 @@ from actstore.capture import model as model_module
 from actstore.errors import ActstoreError, MismatchError
 from actstore.tokens import TokenizeConfig, open_tokens, tokenize
 from trainer import cli, report
+from trainer import evaluate as evaluate_module
 from trainer.config import EvalConfig
 from trainer.evaluate import EDGES, _bins, evaluate, evaluate_saved, write_evaluations
 from trainer.export import released, write_npz, write_saelens
@@ -291,19 +292,23 @@ def test_all_below_a_directory_are_evaluated_together(place, tmp_path, capsys, m
     assert (tmp_path / "o/a/two/evaluation.html").exists()
 
 
+SLOW = "slow, this processor has no bfloat16 products, float32 is faster"
+
+
 @pytest.mark.parametrize(
-    ("recorded", "asked", "dtype", "reason"),
+    ("recorded", "asked", "slow", "dtype", "reason"),
     [
-        (["bfloat16"], "auto", "bfloat16", "auto: what the store was captured in"),
-        (["float16", "float16"], "auto", "float16", "auto: what the store was captured in"),
-        ([None], "auto", "float32", "auto: no SAE records what its store was captured in"),
-        (["int8"], "auto", "float32", "auto: no SAE records what its store was captured in"),
-        (["bfloat16", "float16"], "auto", "float32", "auto: the SAEs' stores do not agree"),
-        (["bfloat16"], "float32", "float32", "as asked"),
+        (["bfloat16"], "auto", False, "bfloat16", "auto: what the store was captured in"),
+        (["bfloat16"], "auto", True, "bfloat16", f"auto: what the store was captured in; {SLOW}"),
+        (["float16", "float16"], "auto", True, "float16", "auto: what the store was captured in"),
+        ([None], "auto", True, "float32", "auto: no SAE records what its store was captured in"),
+        (["int8"], "auto", False, "float32", "auto: no SAE records what its store was captured in"),
+        (["bfloat16", "float16"], "auto", True, "float32", "auto: the SAEs' stores do not agree"),
+        (["bfloat16"], "float32", True, "float32", "as asked"),
     ],
 )
 def test_the_model_is_loaded_in_what_its_store_was_captured_in(
-    recorded, asked, dtype, reason, place, tmp_path, monkeypatch, capsys
+    recorded, asked, slow, dtype, reason, place, tmp_path, monkeypatch, capsys
 ):
     saved = load_sae(place / "sae")
     for i, one in enumerate(recorded):
@@ -316,6 +321,7 @@ def test_the_model_is_loaded_in_what_its_store_was_captured_in(
         return load(name, "float32", device)
 
     monkeypatch.setattr(model_module, "load_model", watched)
+    monkeypatch.setattr(evaluate_module, "slow_bfloat16", lambda device: slow)
     tokens = (str(place / "cats"),)
     evaluate_saved(EvalConfig(sae=tmp_path, tokens=tokens, sequences=2, dtype=asked))
     assert loaded == [(dtype, "cpu")]

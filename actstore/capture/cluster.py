@@ -101,9 +101,13 @@ def choose_device(config: WorkersConfig) -> Device:
     if config.address is None and not _joined():
         import torch
 
-        has = torch.cuda.is_available()
-        if config.device == "cuda" and not has:
-            raise CaptureError("device cuda: torch finds no GPU on this machine; use --device cpu, or torch with CUDA")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus < config.devices_per_worker and (config.device == "cuda" or config.devices_per_worker > 1):
+            raise CaptureError(
+                f"{config.devices_per_worker} GPUs per worker: torch finds {gpus} on this machine; use --device cpu, "
+                "fewer --devices-per-worker, or a torch with CUDA"
+            )
+        has = gpus > 0
         bfloat16 = has and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         with ray_for(config, 1) as ray:

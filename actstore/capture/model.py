@@ -5,6 +5,7 @@ needs are cut from the configuration, so that their weights are never read.
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def load_model(
         dtype: precision of all parameters.
         device: a torch device, or balanced to spread the layers over all GPUs.
         revision: the hub's commit, tag or branch; default main.
-        attention: as `attention_of` gives it, which is the default.
+        attention: one of `ATTENTION`; default: as `attention_of` gives it.
         layers: load the first so many layers only; the model can't predict then.
 
     """
@@ -66,6 +67,8 @@ def load_model(
     config = load_config(name)
     hooks_of(config.model_type)
     attention = attention or attention_of(config, device)
+    if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+        raise CaptureError(f"model {name}: its store was captured with flash attention; pip install flash-attn")
     if layers is not None:
         config = with_layers(config, layers)
     local = model_path(name)

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from actstore.capture.config import DType, Precision
+from actstore.errors import StoreError
 
+ATTENTION = ("default", "eager", "sdpa", "flex_attention", "flash_attention_2")
+"""What a store may name; `transformers` would fetch and run any other name as a kernel from the hub."""
 NO_BFLOAT16_PRODUCTS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 """Values of ONEDNN_MAX_CPU_ISA (oneDNN 3) that switch the processor's bfloat16 products off."""
 
@@ -34,7 +37,7 @@ class Choice:
 def choose(
     asked: DType, saved: Precision | None, model_config: Any, *, device: str, bfloat16_gpu: bool, recorded: Any = None
 ) -> Choice:
-    """Precision and attention of a model on `device`.
+    """Precision and attention of a model on `device`; `StoreError` if the store names an attention that is not known.
 
     Args:
         asked: what the user asked for.
@@ -46,7 +49,9 @@ def choose(
 
     """
     found = recorded if isinstance(recorded, dict) else {}
-    attention = str(found.get("attention") or attention_of(model_config, device))
+    attention = found.get("attention", attention_of(model_config, device))
+    if attention not in ATTENTION:
+        raise StoreError(f"the store names attention {str(attention)[:40]!r}, expected one of {', '.join(ATTENTION)}")
     if asked != "auto":
         dtype, reason = asked, "as asked"
     elif found.get("dtype") in ("bfloat16", "float16", "float32"):
@@ -61,6 +66,8 @@ def choose(
         dtype, reason = "float32", "this processor has no bfloat16 products"
     if dtype == "bfloat16" and slow_bfloat16(device):
         reason += "; slow, this processor has no bfloat16 products"
+    if attention == "flash_attention_2" and dtype == "float32" and "attention" not in found:
+        attention = "eager"  # flash attention takes half precision only
     return Choice(device=device, dtype=dtype, attention=attention, reason=reason)
 
 
