@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Tests wait for servers, kills and Ray more than half of the time, so there are two processes a core.
-PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2 * os.cpu_count(), 6))')
+# Tests wait for servers, kills and Ray, so there is one process more than there are cores; each more costs its start.
+PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 5))')
 
 .PHONY: demo test test-slow test-peers lint format builtin clean
 
