@@ -25,6 +25,7 @@ from rich.console import Console
 from tiny import save
 
 from actstore.capture import CaptureConfig, capture
+from actstore.capture.cluster import Device, choose_device
 from actstore.capture.pool import CALLS_IN_FLIGHT
 from actstore.progress import Progress
 from actstore.store import open_store
@@ -218,6 +219,23 @@ def test_the_object_store_fails_for_a_while(cluster, config, undisturbed, backen
         proxy.rate = 0.0
         check(config, undisturbed)
         assert int(re.search(r"retries=(\d+)", output)[1]) >= 1
+
+
+def test_a_cluster_s_gpus_decide_on_device_and_precision(cluster, config):
+    """Ray believes a node that says it has GPUs, as it believes one that has them."""
+    import ray
+
+    asked = replace(config, device="auto")
+    assert choose_device(asked) == Device("cpu", bfloat16=False)
+    for kind, bfloat16 in (("H100", True), ("V100", False)):
+        node = cluster.add_node(num_cpus=0, num_gpus=1, resources={f"accelerator_type:{kind}": 1})
+        while not ray.cluster_resources().get("GPU"):
+            time.sleep(0.1)
+        assert choose_device(asked) == Device("cuda", bfloat16=bfloat16)
+        assert choose_device(config) == Device("cpu", bfloat16=False)
+        cluster.remove_node(node)
+        while ray.cluster_resources().get("GPU"):
+            time.sleep(0.1)
 
 
 def test_an_address_where_nobody_listens_is_told_at_once(config):

@@ -6,14 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from io import StringIO
-from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from tiny import config_of, save
 
-from actstore.capture import CaptureConfig, capture, cluster, precision
+from actstore.capture import CaptureConfig, capture, precision
 from actstore.capture.config import RepairConfig
 from actstore.capture.precision import choose, saved_precision
 from actstore.capture.worker import Replica
@@ -179,19 +178,3 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(run, tmp_
         with pytest.raises(CaptureError, match="GPUs per worker: torch finds 0 on this machine; use --device cpu"):
             run(**{"device": "auto", **changes})
     assert not (tmp_path / "store").exists()
-
-
-@pytest.mark.parametrize(
-    ("resources", "expected"),
-    [
-        ({"CPU": 8}, ("cpu", False)),
-        ({"CPU": 8, "GPU": 2, "accelerator_type:H100": 1}, ("cuda", True)),
-        ({"CPU": 8, "GPU": 2, "accelerator_type:H100": 1, "accelerator_type:V100": 1}, ("cuda", False)),
-    ],
-)
-def test_a_cluster_s_gpus_are_those_that_ray_knows(run, monkeypatch, resources, expected):
-    ray = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: resources)
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    config = CaptureConfig(model="builtin", tokens="t", sites=("resid_post.1",), out="o")
-    found = cluster.choose_device(config)
-    assert (found.kind, found.bfloat16) == expected
