@@ -348,7 +348,7 @@ def test_every_fault_passes(kind: str, server: Server, fault: str, monkeypatch: 
     data = secrets.token_bytes(MIB // 2)
     script = [fault, None] * 6
     with FaultyProxy(server.url, script) as proxy:
-        storage = through(proxy, kind, server.fresh(), monkeypatch, 3 if fault == "silence" else 20)
+        storage = through(proxy, kind, server.fresh(), monkeypatch, 8 if fault == "silence" else 20)
         storage.put("x", data)
         assert storage.get("x") == data
         if fault == "silence":
