@@ -1,4 +1,4 @@
-"""Stores of synthetic rows for benchmarks: the values repeat, their entropy is that of activations."""
+"""Write stores of synthetic rows for benchmarks. Their rows repeat; their entropy is that of real activations."""
 
 from pathlib import Path
 

@@ -206,7 +206,7 @@ def test_the_next_bucket_s_ids_are_read_while_a_bucket_s_passes_run(config, in_p
     def passing(*args, **options):
         nonlocal passes
         passes += 1
-        for _ in range(2 if passes == 1 else 0):  # the first bucket's own ids, and those of the second
+        for _ in range(2 if passes == 1 else 0):  # wait until both buckets have read their ids
             assert read.acquire(timeout=60), "the second bucket's ids wait for the first one's passes"
         return rows(*args, **options)
 

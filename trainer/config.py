@@ -28,8 +28,8 @@ class RunConfig:
     architecture: Literal["jumprelu", "topk", "batchtopk", "gated"] | None = None
     """Replaces the preset's architecture."""
     compute: Compute | None = None
-    """Precision of matrix products: by default that of the run that is resumed, else bfloat16 on a GPU and the preset's
-    on a CPU. float32 on a GPU multiplies as TF32."""
+    """Precision of matrix products. Default: what a resumed run recorded; else bfloat16 on a GPU, and the preset's
+    precision on a CPU. A GPU multiplies float32 as TF32."""
     kernels: Literal["torch", "triton"] | None = None
     """What a GPU's own kernels are; Triton's are experimental, no GPU has run them yet."""
     data_seed: int = 0

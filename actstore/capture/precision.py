@@ -59,7 +59,7 @@ def choose(
     elif device != "cpu":
         dtype, reason = ("bfloat16", "the GPU has it") if bfloat16_gpu else ("float32", "the GPU has no bfloat16")
     elif saved != "bfloat16":
-        dtype, reason = "float32", f"the model was saved in {saved}" if saved else "the file does not say what it is in"
+        dtype, reason = "float32", f"the model was saved in {saved or 'an unknown precision'}"
     elif bfloat16_products():
         dtype, reason = "bfloat16", "as the model was saved, and this processor multiplies it"
     else:
