@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from actstore.errors import ActstoreError
 
 if TYPE_CHECKING:
-    from actstore.store.append import create
-    from actstore.store.reader import Store
+    from actstore.store.read.store import Store
+    from actstore.store.write.append import create
     from actstore.stream.dataset import ActivationDataset
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __all__ = ["ActivationDataset", "ActstoreError", "create", "open"]
 
 def open(url: str | os.PathLike[str]) -> "Store":  # noqa: A001  actstore.open is the public name
     """Open a store read-only; `StoreError` if there is none at `url`."""
-    from actstore.store.reader import open_store
+    from actstore.store.read.store import open_store
 
     return open_store(url)
 
@@ -28,7 +28,7 @@ def open(url: str | os.PathLike[str]) -> "Store":  # noqa: A001  actstore.open i
 def __getattr__(name: str) -> Any:
     """Load what is heavy only when it is asked for."""
     if name == "create":
-        from actstore.store.append import create
+        from actstore.store.write.append import create
 
         return create
     if name == "ActivationDataset":

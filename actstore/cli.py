@@ -121,7 +121,7 @@ def import_(
         json: also write the figures to this file, as JSON.
 
     """
-    from actstore.store.importers import import_activations
+    from actstore.exchange.importer import import_activations
 
     with Progress() as progress:
         summary = import_activations(
@@ -151,7 +151,7 @@ def info(url: Positional[str], *, json: Json = None) -> None:
 
     """
     from actstore.store import open_store
-    from actstore.store.info import describe
+    from actstore.store.maintain.info import describe
 
     figures = describe(open_store(url))
     sites, provenance = figures["sites"], figures["provenance"]
@@ -191,7 +191,7 @@ def cp(
         json: also write the figures to this file, as JSON.
 
     """
-    from actstore.store.copy import copy
+    from actstore.store.maintain.copy import copy
 
     with Progress() as progress:
         summary = copy(src, dst, encoding=encoding, codec=codec, move=move, progress=progress)
@@ -226,8 +226,8 @@ def export(
         json: also write the figures to this file, as JSON.
 
     """
-    from actstore.store.export import export as run
-    from actstore.store.export import parse_rows
+    from actstore.exchange.exporter import export as run
+    from actstore.exchange.exporter import parse_rows
 
     with Progress() as progress:
         summary = run(
@@ -257,7 +257,7 @@ def gc(url: Positional[str], *, older_than: float = 24.0, delete: bool = False, 
         json: also write the list to this file, as JSON.
 
     """
-    from actstore.store.gc import collect
+    from actstore.store.maintain.gc import collect
 
     found = collect(url, older_than=older_than, delete=delete)
     for g in found.garbage:
@@ -282,7 +282,7 @@ def verify(url: Positional[str], *, deep: bool = False, json: Json = None) -> No
 
     """
     from actstore.store import open_storage
-    from actstore.store.verify import verify as check
+    from actstore.store.maintain.verify import verify as check
 
     with Progress() as progress:
         step = progress.step("verify", total=1, unit="rows")

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from actstore.console import print_table
-from actstore.store import SiteSpec, StoreSpec, create_store, manifest, record, stats
-from actstore.store.spec import arrays
+from actstore.store import SiteSpec, StoreSpec, create_store
+from actstore.store.format import manifest, record, stats
+from actstore.store.format.spec import arrays
 from actstore.store.storage import LocalStorage
 
 RATIO = 1.455

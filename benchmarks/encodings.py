@@ -1,7 +1,7 @@
 """What encodings and codecs cost and save on real activations: python benchmarks/encodings.py STORE...
 
-STORE is a finished bf16 store, as `actstore capture --encoding bf16` writes it; it is copied to every form with
-`actstore.store.copy`. Sizes count every object but the token table: metadata, records, manifest and provenance too.
+STORE is a finished bf16 store, as `actstore capture --encoding bf16` writes it; `actstore cp` copies it to every form.
+Sizes count every object but the token table: metadata, records, manifest and provenance too.
 FVU is that of what a reader decodes against the bf16 values, in float64, over the whole store.
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 from actstore.bench import machine
 from actstore.console import figure, print_table
 from actstore.store import Store, open_store
-from actstore.store.copy import copy
-from actstore.store.values import FLOATS, BucketRows, Values
-from actstore.store.verify import verify
+from actstore.store.maintain.copy import copy
+from actstore.store.maintain.verify import verify
+from actstore.store.read.values import FLOATS, BucketRows, Values
 
 HERE = Path(__file__).parent
 FORMS: list[dict[str, str]] = [

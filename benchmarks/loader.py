@@ -29,9 +29,9 @@ import torch
 import actstore
 from actstore.bench import activations_like, machine
 from actstore.console import figure
-from actstore.store import codec
-from actstore.store.copy import copy
-from actstore.store.reader import Store, open_store
+from actstore.store.format import codec
+from actstore.store.maintain.copy import copy
+from actstore.store.read.store import Store, open_store
 from actstore.stream.columns import RAW
 from actstore.stream.gather import gather
 from actstore.stream.order import Geometry, StreamOrder

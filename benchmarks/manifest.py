@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from actstore.console import print_table
-from actstore.store import SiteSpec, StoreSpec, manifest
-from actstore.store.spec import arrays
-from actstore.store.stats import Sums
+from actstore.store import SiteSpec, StoreSpec
+from actstore.store.format import manifest
+from actstore.store.format.spec import arrays
+from actstore.store.format.stats import Sums
 from actstore.store.storage import LocalStorage
 
 HERE = Path(__file__).parent
@@ -66,7 +67,7 @@ def peak() -> float:
 
 def open_there(root: str) -> None:
     """What the fresh process does."""
-    from actstore.store.reader import Store
+    from actstore.store.read.store import Store
 
     before, began = peak(), time.perf_counter()
     storage = Counting(Path(root))

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from actstore.bench import activations_like
-from actstore.store import SiteSpec, StoreSpec, codec, create_store
+from actstore.store import SiteSpec, StoreSpec, create_store
+from actstore.store.format import codec
 
 BLOCK_ROWS = 1 << 15
 """Different rows; a store repeats them."""

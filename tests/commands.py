@@ -16,7 +16,14 @@ from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 
-HEAVY = ["actstore.bench", "actstore.cli", "actstore.store.export", "actstore.stream", "trainer.cli", "trainer.sweep"]
+HEAVY = [
+    "actstore.bench",
+    "actstore.cli",
+    "actstore.exchange.exporter",
+    "actstore.stream",
+    "trainer.cli",
+    "trainer.sweep",
+]
 HEAVY += ["accelerate", "gcsfs", "s3fs", "hypothesis", "pytest"]
 
 CONTEXT = multiprocessing.get_context("forkserver")

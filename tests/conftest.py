@@ -20,7 +20,7 @@ from actstore.capture import execute
 from actstore.capture.pool import Pool
 from actstore.capture.worker import Replica, ReplicaConfig
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
-from actstore.store.record import CommitRecord
+from actstore.store.format.record import CommitRecord
 
 LONGEST = ("test_demo.py", "test_cluster.py", "test_readme.py", "test_trainer_synthetic.py", "test_trainer_parallel.py")
 """Files that start first, so that no process is left alone with one of them at the end."""

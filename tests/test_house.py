@@ -14,7 +14,7 @@ FORBIDDEN = {
     "capture": ["actstore.stream", "trainer"],
     "store": ["torch", "transformers", "ray", "actstore.tokens", "actstore.capture", "actstore.stream", "trainer"],
     "stream": ["transformers", "ray", "torch.nn", "actstore.tokens", "actstore.capture", "trainer"],
-    "trainer": ["zarr", "ray", "actstore.store.writer", "actstore.capture.run", "actstore.capture.worker"],
+    "trainer": ["zarr", "ray", "actstore.store.write.bucket", "actstore.capture.run", "actstore.capture.worker"],
 }
 DEMO = {"trainer/demo.py"}
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actstore.store.bits import bf16_bits, wide
+from actstore.store.format.bits import bf16_bits, wide
 
 
 class Latents(NamedTuple):

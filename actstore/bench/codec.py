@@ -25,8 +25,8 @@ from actstore.bench.report import (
     timed,
 )
 from actstore.bench.write import rows_of
-from actstore.store import codec, fixed, stats
-from actstore.store.bfloat16 import NATIVE as BFLOAT16
+from actstore.store.format import codec, fixed, stats
+from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
 from actstore.stream import gather as gathering
 
 EPS = 1e-3

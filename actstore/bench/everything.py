@@ -15,7 +15,7 @@ from actstore.bench.read import bench_read
 from actstore.bench.report import Report, activations_like, scratch, show
 from actstore.bench.storage import CONCURRENCY, SIZES, bench_storage
 from actstore.bench.write import BLOCK_ROWS, bench_write
-from actstore.store.bfloat16 import NATIVE as BFLOAT16
+from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
 
 SITE = "bench.0"
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from actstore.bench.report import GB, PASSES, Rate, Report, alternate, copying, machine, medians, memory_copy, timed
-from actstore.store import codec
-from actstore.store.reader import Store, open_store
+from actstore.store.format import codec
+from actstore.store.read.store import Store, open_store
 from actstore.store.storage import LocalStorage
 from actstore.stream import gather as gathering
 from actstore.stream.dataset import ActivationDataset

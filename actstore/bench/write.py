@@ -31,10 +31,11 @@ from actstore.bench.report import (
     scratch,
     timed,
 )
-from actstore.store import SiteSpec, Storage, StoreSpec, StoreWriter, codec, create_store, open_store
+from actstore.store import SiteSpec, Storage, StoreSpec, StoreWriter, create_store, open_store
+from actstore.store.format import codec
+from actstore.store.read.values import BucketRows, Values
 from actstore.store.storage import LocalStorage
-from actstore.store.values import BucketRows, Values
-from actstore.store.writer import LOCAL_PUTS, REMOTE_PUTS
+from actstore.store.write.bucket import LOCAL_PUTS, REMOTE_PUTS
 
 BLOCK_ROWS = 1 << 15
 SITE = "bench.0"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from actstore.capture.forward import activations
 from actstore.capture.memory import BATCHES_IN_FLIGHT
 from actstore.capture.sites import Site
-from actstore.store.spec import parse_encoding
+from actstore.store.format.spec import parse_encoding
 from actstore.tokens.rows import Rows, Span, rows_in
 from actstore.tokens.rule import RowRule
 

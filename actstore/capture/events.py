@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from actstore.errors import StoreError
-from actstore.store.spec import EVENTS
+from actstore.store.format.spec import EVENTS
 from actstore.store.storage import Storage
 
 FLUSH_S = 30.0

@@ -25,9 +25,9 @@ import psutil
 
 from actstore.errors import CaptureError
 from actstore.store import StoreSpec
-from actstore.store.encoder import buffer_bytes
-from actstore.store.spec import arrays
-from actstore.store.writer import LOCAL_PUTS, REMOTE_PUTS
+from actstore.store.format.encoder import buffer_bytes
+from actstore.store.format.spec import arrays
+from actstore.store.write.bucket import LOCAL_PUTS, REMOTE_PUTS
 
 BATCHES_IN_FLIGHT = 2
 """Batches whose activations wait to be put in place."""

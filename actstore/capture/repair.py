@@ -1,7 +1,7 @@
 """`repair`: capture again exactly what `verify --deep` condemns.
 
 Model, precision and batch size are what the store's provenance says, so on the same kind of machine a bucket comes out
-bit for bit as it was, and only its damaged objects are put (`actstore.store.repair`).
+bit for bit as it was, and only its damaged objects are put (`actstore.store.maintain.repair`).
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from actstore.capture.sites import check_sites, parse_sites
 from actstore.errors import StoreError
 from actstore.progress import Progress
 from actstore.store import StoreSpec, StoreWriter
-from actstore.store.manifest import read_spec
-from actstore.store.repair import condemned, mend_metadata
+from actstore.store.format.manifest import read_spec
+from actstore.store.maintain.repair import condemned, mend_metadata
+from actstore.store.maintain.verify import verify
 from actstore.store.storage import LocalStorage, open_storage
-from actstore.store.verify import verify
 from actstore.tokens import row_starts
 
 

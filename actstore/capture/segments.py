@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.store.resize import extensions
-from actstore.store.spec import StoreSpec
+from actstore.store.format.spec import StoreSpec
 from actstore.store.storage import Storage
+from actstore.store.write.extend import extensions
 from actstore.tokens import Span, TokenTable, open_tokens, span_of
 
 

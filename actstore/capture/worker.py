@@ -91,7 +91,7 @@ class Replica:
 
     def capture(self, work: Work) -> BucketSummary:
         """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is mended."""
-        from actstore.store.writer import WriteTimes
+        from actstore.store.write.bucket import WriteTimes
 
         loaded = self._loaded or self._forward.submit(self._load).result()
         ids = loaded.segments[work.segment].tokens.ids(work.span.first_sequence, work.span.stop_sequence)
@@ -99,7 +99,7 @@ class Replica:
         began, times, writer = time.perf_counter(), WriteTimes(), loaded.writer
         mended = False
         if work.keys:
-            from actstore.store.repair import mend_bucket
+            from actstore.store.maintain.repair import mend_bucket
 
             mended = mend_bucket(writer, work.bucket, data, work.keys)
         record = None if mended else writer.write_arrays(work.bucket, data, condemned=bool(work.keys), times=times)

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from actstore.errors import StreamError
-from actstore.store.fixed import Calibration
-from actstore.store.manifest import ArrayIndex
-from actstore.store.reader import Store
+from actstore.store.format.fixed import Calibration
+from actstore.store.format.manifest import ArrayIndex
+from actstore.store.read.store import Store
 
 Batch = dict[str, NDArray[Any]]
 RAW = {

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from actstore.errors import StreamError, mismatch
-from actstore.store.reader import Store, open_store
-from actstore.store.spec import PROVENANCE_ARRAYS
+from actstore.store.format.spec import PROVENANCE_ARRAYS
+from actstore.store.read.store import Store, open_store
 from actstore.stream import explain, plan, ranks
 from actstore.stream.columns import Column, columns_of, parse_device, parse_dtype
 from actstore.stream.device import DeviceMemory, hand_over

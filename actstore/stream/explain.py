@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from actstore.store import codec
-from actstore.store.reader import Store
+from actstore.store.format import codec
+from actstore.store.read.store import Store
 from actstore.stream.columns import Column
 from actstore.stream.host import HostMemory, Recycler
 from actstore.stream.plan import Fit, Plan

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from actstore import keyed
 from actstore.errors import StreamError
-from actstore.store import codec
-from actstore.store.bits import wide
-from actstore.store.fixed import Calibration
-from actstore.store.reader import Store
-from actstore.store.spec import BITS
+from actstore.store.format import codec
+from actstore.store.format.bits import wide
+from actstore.store.format.fixed import Calibration
+from actstore.store.format.spec import BITS
+from actstore.store.read.store import Store
 
 Split = Literal["train", "held_out"]
 _HELD_OUT_KEY = keyed.key(0, "held-out")

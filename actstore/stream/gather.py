@@ -13,8 +13,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.store.bits import bf16_bits, fused, wide
-from actstore.store.fixed import Calibration
+from actstore.store.format.bits import bf16_bits, fused, wide
+from actstore.store.format.fixed import Calibration
 
 _BLOCK: Final = 64
 """Rows converted at a time."""

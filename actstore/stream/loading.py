@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.errors import ActstoreError, IntegrityError, StreamError
-from actstore.store import codec
-from actstore.store.manifest import Location
-from actstore.store.reader import Store
+from actstore.store.format import codec
+from actstore.store.format.manifest import Location
+from actstore.store.read.store import Store
 from actstore.store.storage import LocalStorage
 from actstore.stream import filter as filters
 from actstore.stream.columns import Column

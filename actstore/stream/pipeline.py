@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.errors import ActstoreError, StreamError
-from actstore.store.reader import Store
+from actstore.store.read.store import Store
 from actstore.stream.loading import POLL_S, Loader, Memory, Reading
 from actstore.stream.meter import Meter
 from actstore.stream.order import StreamOrder

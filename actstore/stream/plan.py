@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from actstore.errors import StreamError
-from actstore.store.reader import Store
+from actstore.store.read.store import Store
 from actstore.store.storage import LocalStorage
 from actstore.stream.filter import RowFilter
 from actstore.stream.order import ORDER_VERSION, Geometry

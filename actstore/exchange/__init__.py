@@ -1,0 +1,1 @@
+"""Activations in other tools' files: import and export."""

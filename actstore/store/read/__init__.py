@@ -1,0 +1,1 @@
+"""Reading a store: where its chunks lie, and its values."""

@@ -1,0 +1,208 @@
+"""Reading a store: what it holds, where each chunk lies, and its arrays through zarr.
+
+Only committed buckets exist here. `stream/` reads chunks through `Index.locate`; `store[name]` is a zarr array for
+everything else (uncommitted buckets read as zeros there: that is zarr's rule for missing chunks). Its chunks come from
+`read_chunk`, because zarr alone reads a lost shard as zeros, and takes an intact chunk in the wrong place.
+"""
+
+import asyncio
+import hashlib
+import os
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, cpu
+from zarr.storage import MemoryStore, WrapperStore
+
+from actstore.errors import IntegrityError, StoreError
+from actstore.store.format import codec, fixed, manifest
+from actstore.store.format.spec import (
+    BITS,
+    GROUP_KEY,
+    PROVENANCE_ARRAYS,
+    SiteSpec,
+    StoreSpec,
+    calibration_key,
+    dump,
+    metadata_objects,
+)
+from actstore.store.format.stats import SiteStats, Sums, summarise
+from actstore.store.storage import Storage, open_storage
+
+
+class Store:
+    """An activation store as it was when it was opened; read-only."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Read the index of committed buckets: one GET if the store is finished."""
+        self.storage = storage
+        self.index = manifest.load(storage)
+        self.spec: StoreSpec = self.index.spec
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self.storage.url
+
+    @property
+    def sites(self) -> dict[str, SiteSpec]:
+        """Width and encoding by site name."""
+        return self.spec.sites
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Model, tokens and versions, as recorded at capture."""
+        return self.spec.provenance
+
+    @property
+    def rows(self) -> int:
+        """Committed rows."""
+        return int(self.spec.bucket_sizes(self.index.buckets).sum())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned row is committed."""
+        return self.index.complete
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all committed objects: data, provenance and shard indexes."""
+        return self.index.stored_bytes()
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the sites' committed activations before compression: float32 for `f32` sites, else bfloat16."""
+        return self.rows * sum(s.d * (4 if s.kind == "f32" else 2) for s in self.sites.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the spec and of the crc32c of every committed chunk: equal content, equal fingerprint."""
+        h = hashlib.blake2b(dump(self.spec.to_json()), digest_size=16)
+        h.update(self.index.buckets.astype("<i8").tobytes())
+        for name in sorted(self.index.arrays):
+            h.update(self.index.arrays[name].crc32c.astype("<u4", copy=False).data)
+        h.update(np.array([crc for _, crc in sorted(self.index.calibration.items())], "<u4").tobytes())
+        return h.hexdigest()
+
+    def stats(self, site: str) -> SiteStats:
+        """Statistics of a site over all committed rows."""
+        self.check_site(site)
+        if not len(self.index.buckets):
+            raise StoreError(
+                f"{self.url} has no committed bucket yet, so it has no statistics; let a capture finish one"
+            )
+        return summarise(self._sums[site])
+
+    @cached_property
+    def _sums(self) -> dict[str, Sums]:
+        return manifest.merged_stats(self.storage, self.index)
+
+    def calibration(self, site: str) -> fixed.Calibration:
+        """Steps and offsets of a `fixed` site; `IntegrityError` unless they are what the buckets were written with."""
+        self.check_site(site)
+        if site not in self.index.calibration:
+            raise ValueError(f"{site} is stored as {self.sites[site].encoding}, which has no calibration")
+        key, d = calibration_key(site), self.sites[site].d
+        data = self.storage.get(key, 16 * d)
+        found = fixed.from_bytes(data, d, f"{self.url}/{key}")
+        if fixed.digest(data) != self.index.calibration[site]:
+            raise IntegrityError(f"{self.url}/{key}: is not the calibration that {site} was written with")
+        return found
+
+    def check_site(self, site: str) -> None:
+        """`ValueError` unless the store holds `site`."""
+        if site not in self.sites:
+            raise ValueError(f"the store at {self.url} has no site {site!r}; it has {', '.join(sorted(self.sites))}")
+
+    def read_chunk(self, name: str, place: int, chunk: int) -> NDArray[Any]:
+        """Chunk `chunk` of the bucket at row `place` of the index, checked and decoded [rows there, ...].
+
+        bf16 comes as its bits (uint16), `fixed` as its codes (int16).
+        """
+        bucket, array = int(self.index.buckets[place]), self.index.arrays[name].array
+        first, stop = self.spec.bucket_range(bucket)
+        rows = self._whole_chunk(name, place, chunk)
+        return rows[: min(array.chunk_rows, stop - first - chunk * array.chunk_rows)]
+
+    def _whole_chunk(self, name: str, place: int, chunk: int) -> NDArray[Any]:
+        """`read_chunk` with the rows that fill up the last one [chunk_rows, ...]."""
+        where = self.index.arrays[name]
+        array = where.array
+        at = where.locate(place, int(self.index.buckets[place]), chunk)
+        decoded = np.empty(array.chunk_bytes, np.uint8)
+        data = self.storage.get_range(at.key, at.offset, at.length)
+        what = f"{self.url}/{at.key} chunk at byte {at.offset}"
+        codec.decode_into(data, array.codec, decoded, what, committed=at.crc32c)
+        dtype = BITS if array.dtype.name == "bfloat16" else array.dtype
+        return codec.merge(decoded, array.codec, dtype).reshape(array.chunk_rows, *array.shape[1:])
+
+    def chunk_at(self, name: str, number: int) -> NDArray[Any] | None:
+        """Chunk `number` of the array, counted over all buckets, whole; None where nothing is committed."""
+        bucket, chunk = divmod(number, self.spec.bucket_rows // self.spec.chunk_rows)
+        place = self.index.place(bucket)
+        if place is None:
+            return None
+        first, stop = self.spec.bucket_range(bucket)
+        if chunk * self.spec.chunk_rows >= stop - first:
+            return None
+        return self._whole_chunk(name, place, chunk)
+
+    def __getitem__(self, name: str) -> zarr.Array[Any]:
+        """A site, or `sequence`, `position`, `token_id`, as a zarr array; a damaged chunk raises `IntegrityError`."""
+        if name not in (*self.sites, *PROVENANCE_ARRAYS):
+            self.check_site(name)
+        key = f"{name}/{GROUP_KEY}"
+        if self.storage.get(key, 1 << 20) != metadata_objects(self.spec)[key]:
+            raise IntegrityError(f"{self.url}/{key}: is not the array metadata that the store's spec asks for")
+        return zarr.open_array(Chunks(self, name), mode="r")
+
+
+class Chunks(WrapperStore[MemoryStore]):
+    """What zarr reads of one array: metadata of unsharded, plain chunks, and chunks as `Store` checks and decodes."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        """Array `name` of `store`."""
+        array = store.index.arrays[name].array
+        grid = {"name": "regular", "configuration": {"chunk_shape": [array.chunk_rows, *array.shape[1:]]}}
+        plain = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        metadata = dump({**array.metadata(), "chunk_grid": grid, "codecs": plain})
+        super().__init__(MemoryStore({GROUP_KEY: cpu.Buffer.from_bytes(metadata)}, read_only=True))
+        self.store, self.name = store, name
+
+    def __eq__(self, value: object) -> bool:
+        """Whether it is the same array of the same store."""
+        return isinstance(value, Chunks) and (value.store.url, value.name) == (self.store.url, self.name)
+
+    def __hash__(self) -> int:
+        """Of what `__eq__` compares."""
+        return hash((self.store.url, self.name))
+
+    def __str__(self) -> str:
+        """Where the array is."""
+        return f"{self.store.url}/{self.name}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The receiving process opens the store itself."""
+        return _reopen, (self.store.url, self.name)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The metadata or a whole chunk; None for a chunk of an uncommitted bucket."""
+        if not key.startswith("c/"):
+            return await super().get(key, prototype, byte_range)
+        if byte_range is not None:
+            raise NotImplementedError("chunks are read as a whole")
+        rows = await asyncio.to_thread(self.store.chunk_at, self.name, int(key.split("/")[1]))
+        return None if rows is None else prototype.buffer.from_bytes(rows.tobytes())
+
+
+def _reopen(url: str, name: str) -> Chunks:
+    return Chunks(open_store(url), name)
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """Open a store read-only; `StoreError` if there is none at `url`."""
+    return Store(open_storage(url))

@@ -1,0 +1,245 @@
+"""A directory as object storage.
+
+A write goes to a partial file beside its target, is synced, and gets its name by `rename` (put, replace) or `link`
+(create); the directory is synced too, so what was acknowledged survives a power cut. `replace` compares and renames
+under an advisory lock on `.lock` in the root, which `put` and `delete` take for their one system call as well; the
+kernel releases it when its holder dies. Every write sets the modification time itself, because the kernel's clock
+ticks only every few milliseconds and the version token rests on it. File systems must support hard links and `flock`.
+
+Symbolic links below the root are followed as long as they stay below it.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+from actstore.errors import StoreError
+from actstore.store.storage.base import Buffers, Stat, check_key, check_prefix, holds, missing, too_large, too_short
+
+PARTIAL = ".partial"
+"""Suffix of a file that is still being written."""
+LOCK = ".lock"
+"""Name, in the root, of the file whose lock `replace` holds."""
+_PIECES = 512  # below every system's IOV_MAX
+
+
+class LocalStorage:
+    """A directory."""
+
+    retries: int = 0
+
+    def __init__(self, root: Path) -> None:
+        """Use `root`, which need not exist yet."""
+        self.root = root
+        self.url = str(root)
+
+    def path(self, key: str) -> Path:
+        """The file that holds `key`; `StoreError` if a symbolic link leads it out of the root."""
+        return self._inside(check_key(key))
+
+    def _inside(self, key: str) -> Path:
+        path, name = self.root / key, str(self.root)
+        for part in key.split("/"):
+            name = f"{name}/{part}"
+            if os.path.islink(name):  # noqa: PTH114  a Path costs more than the system call
+                real = Path(os.path.realpath(path))
+                if real.is_symlink():
+                    raise StoreError(f"{self.url}: {key} is a circle of symbolic links at {name}")
+                if not real.is_relative_to(self.root.resolve()):
+                    raise StoreError(f"{self.url}: {key} leads out of the store through the symbolic link {name}")
+                break
+        return path
+
+    def get(self, key: str, limit: int | None = None) -> bytes:
+        """See `Storage`."""
+        with self._reading(key) as (fd, size):
+            if limit is not None and size > limit:
+                raise too_large(self.url, key, limit)
+            return _pread(fd, 0, size)
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """See `Storage`."""
+        with self._reading(key) as (fd, size):
+            data = _pread(fd, offset, min(length, max(size - offset, 0)))
+        if len(data) != length:
+            raise too_short(self.url, key, offset, length, len(data))
+        return data
+
+    def read_into(self, out: Sequence[memoryview], key: str, offset: int) -> None:
+        """Fill one buffer after the other with the bytes from `offset` on: `get_range` without fresh memory."""
+        at = offset
+        with self._reading(key) as (fd, size):
+            for buffer in out:
+                end = at + len(buffer)
+                while at < end and (n := os.preadv(fd, [buffer[len(buffer) - (end - at) :]], at)):
+                    at += n
+                if at != end:
+                    raise too_short(self.url, key, offset, sum(map(len, out)), max(size - offset, 0))
+
+    def until(self, stop: threading.Event) -> "LocalStorage":  # noqa: ARG002  nothing is tried twice here
+        """See `Storage`."""
+        return self
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Generator[tuple[int, int]]:
+        """File descriptor and size of an object."""
+        try:
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise missing(self.url, key) from e
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISDIR(found.st_mode):
+                raise missing(self.url, key)
+            if not stat.S_ISREG(found.st_mode):
+                raise StoreError(f"{self.url}: {key} is no regular file")
+            yield fd, found.st_size
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _partial(self, key: str, data: Buffers) -> Generator[tuple[Path, Path]]:
+        """A synced partial file and its target; what is left of the partial file is deleted."""
+        target = self.path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}{PARTIAL}")
+        try:
+            with partial.open("wb", buffering=0) as f:
+                _write(f.fileno(), data)
+                now = time.time_ns()
+                os.utime(f.fileno(), ns=(now, now))
+                os.fsync(f.fileno())
+            yield partial, target
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Generator[None]:
+        fd = os.open(self.root / LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def put(self, key: str, data: Buffers) -> None:
+        """See `Storage`."""
+        with self._partial(key, data) as (partial, target):
+            with self._lock():
+                partial.replace(target)
+            _sync_directory(target.parent)
+
+    def create(self, key: str, data: Buffers) -> bool:
+        """See `Storage`."""
+        if not self.exists(key):
+            with self._partial(key, data) as (partial, target), contextlib.suppress(FileExistsError):
+                os.link(partial, target)
+                _sync_directory(target.parent)
+                return True
+        return holds(self, key, data)
+
+    def replace(self, key: str, data: Buffers, version: str) -> bool:
+        """See `Storage`."""
+        if self._is(key, version):
+            with self._partial(key, data) as (partial, target):
+                with self._lock():
+                    swapped = self._is(key, version)
+                    if swapped:
+                        partial.replace(target)
+                if swapped:
+                    _sync_directory(target.parent)
+                    return True
+        return holds(self, key, data)
+
+    def _is(self, key: str, version: str) -> bool:
+        found = self.stat(key)
+        return found is not None and found.version == version
+
+    def delete(self, key: str) -> None:
+        """See `Storage`."""
+        path = self.path(key)
+        if path.is_file():
+            with self._lock():
+                path.unlink(missing_ok=True)
+            _sync_directory(path.parent)
+
+    def exists(self, key: str) -> bool:
+        """See `Storage`."""
+        return self.path(key).is_file()
+
+    def stat(self, key: str) -> Stat | None:
+        """See `Storage`."""
+        path = self.path(key)
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        version = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
+        return Stat(size=found.st_size, version=version, modified=found.st_mtime_ns / 1e9)
+
+    def size(self, key: str) -> int:
+        """See `Storage`."""
+        found = self.stat(key)
+        if found is None:
+            raise missing(self.url, key)
+        return found.size
+
+    def partials(self) -> tuple[Path, ...]:
+        """Files that were, or are, being written: leftovers of killed writers once they are old."""
+        return tuple(sorted(p for p in self._files("") if p.name.endswith(PARTIAL)))
+
+    def list(self, prefix: str) -> dict[str, int]:
+        """See `Storage`; symbolic links to directories are not followed."""
+        found: dict[str, int] = {}
+        for path in self._files(prefix):
+            key = path.relative_to(self.root).as_posix()
+            if not path.name.endswith(PARTIAL) and key != LOCK:
+                with contextlib.suppress(FileNotFoundError):
+                    found[key] = self._inside(key).stat().st_size
+        return dict(sorted(found.items()))
+
+    def _files(self, prefix: str) -> Iterator[Path]:
+        top = self._inside(check_prefix(prefix)) if prefix else self.root
+        for folder, folders, files in os.walk(top):
+            for name in folders:
+                if (Path(folder) / name).is_symlink():
+                    self._inside((Path(folder) / name).relative_to(self.root).as_posix())
+            yield from (Path(folder) / name for name in files)
+
+
+def _pread(fd: int, offset: int, length: int) -> bytes:
+    """Up to `length` bytes; one system call reads at most 2 GiB."""
+    pieces: list[bytes] = []
+    while length and (piece := os.pread(fd, length, offset)):
+        pieces.append(piece)
+        offset, length = offset + len(piece), length - len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _write(fd: int, data: Buffers) -> None:
+    """Write all pieces, without joining them."""
+    pieces = [data] if isinstance(data, bytes) else data
+    for start in range(0, len(pieces), _PIECES):
+        views = [memoryview(p) for p in pieces[start : start + _PIECES] if len(p)]
+        while views:
+            written = os.writev(fd, views)
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if views:
+                views[0] = views[0][written:]
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Writing a store: the commit protocol, buckets, appending, extending."""
