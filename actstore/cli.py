@@ -141,6 +141,9 @@ def import_(
     console.write_json(json, summary)
 
 
+_ALWAYS = ("d", "encoding", "bytes_stored", "ratio", "rms_norm", "max_abs")
+
+
 @app.command
 def info(url: Positional[str], *, json: Json = None) -> None:
     """Say what a store holds.
@@ -155,17 +158,19 @@ def info(url: Positional[str], *, json: Json = None) -> None:
 
     figures = describe(open_store(url))
     sites, provenance = figures["sites"], figures["provenance"]
-    shown = {k: v for k, v in figures.items() if k not in ("sites", "provenance", "open_ended")}
+    shown = {k: v for k, v in figures.items() if k not in ("sites", "provenance", "open_ended", "remarks")}
     if figures["open_ended"]:
         shown |= {"planned_rows": "open-ended", "planned_buckets": "open-ended"}
     elif not figures["complete"]:
         shown["complete"] = f"{figures['buckets'] / figures['planned_buckets']:.1%}"
     console.print_table(f"store {url}", shown)
-    header = ("site", "d", "encoding", "bytes", "ratio", "rms\nnorm", "max\n|x|", "satu-\nrated")
-    lines = [(n, *(scaled(v) if k == "bytes_stored" else v for k, v in s.items())) for n, s in sites.items()]
-    if all(site["saturated"] is None for site in sites.values()):
-        header, lines = header[:-1], [line[:-1] for line in lines]
-    console.print_table("sites", lines, header=header)
+    titles = {"d": "d", "encoding": "encoding", "bytes_stored": "bytes", "ratio": "ratio", "rms_norm": "rms\nnorm"}
+    titles |= {"max_abs": "max\n|x|", "saturated": "satu-\nrated", "nonfinite": "NaN\nor inf"}
+    titles = {k: v for k, v in titles.items() if k in _ALWAYS or any(site[k] for site in sites.values())}
+    lines = [(n, *(scaled(s[k]) if k == "bytes_stored" else s[k] for k in titles)) for n, s in sites.items()]
+    console.print_table("sites", lines, header=("site", *titles.values()))
+    for line in figures["remarks"]:
+        print(line)
     console.print_table("provenance", {k: str(v) for k, v in sorted(provenance.items())})
     console.write_json(json, figures)
 

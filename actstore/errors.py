@@ -9,6 +9,10 @@ class ActstoreError(Exception):
     """Anything actstore refuses or could not do."""
 
 
+class ActstoreWarning(UserWarning):
+    """What was done, and yet is worth knowing: clipped values, rows with NaN, an unfinished store."""
+
+
 class StoreError(ActstoreError):
     """A store, or an object in it, is missing, malformed or unreachable."""
 

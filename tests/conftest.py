@@ -21,6 +21,9 @@ from actstore.capture.pool import Pool
 from actstore.capture.worker import Replica, ReplicaConfig
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.store.format.record import CommitRecord
+from actstore.store.storage import Storage
+from actstore.store.write import protocol
+from actstore.store.write.protocol import Attempt, NotWritten
 
 LONGEST = ("test_demo.py", "test_cluster.py", "test_readme.py", "test_trainer_synthetic.py", "test_trainer_parallel.py")
 """Files that start first, so that no process is left alone with one of them at the end."""
@@ -71,19 +74,33 @@ def random_sites(spec: StoreSpec, seed: int = 0) -> dict[str, np.ndarray]:
     return out
 
 
-def fill(writer: StoreWriter, bucket: int, sites: dict[str, np.ndarray]) -> CommitRecord | None:
+def fill(writer: StoreWriter, bucket: int, sites: dict[str, np.ndarray]) -> CommitRecord | NotWritten:
     """Write a bucket of rows given in row order; `sequence` holds the row number, so each stored row can be checked."""
     first, stop = writer.bucket_range(bucket)
     n = stop - first
     order = np.argsort(writer.permutation(bucket))
     row = np.arange(first, stop, dtype=np.int32)[order]
-    return writer.write_bucket(
-        bucket,
-        {k: v[first:stop][order] for k, v in sites.items()},
-        sequence=row,
-        position=row % 7,
-        token_id=np.zeros(n, np.int32),
-    )
+    data = {k: v[first:stop][order] for k, v in sites.items()}
+    provenance = {"sequence": row, "position": row % 7, "token_id": np.zeros(n, np.int32)}
+    return writer.write_arrays(bucket, {**data, **provenance})
+
+
+def begin(storage: Storage, bucket: int) -> Attempt | NotWritten:
+    """Announce an attempt at a bucket."""
+    return protocol.run(storage, protocol.begin(bucket, protocol.new_id()))
+
+
+def put(storage: Storage, attempt: Attempt | NotWritten, key: str, data: bytes) -> bool:
+    """Put a shard of an attempt that has begun."""
+    assert isinstance(attempt, Attempt)
+    return protocol.run(storage, protocol.put(attempt, key, data))
+
+
+def write_rows(writer: StoreWriter, bucket: int, sites: Any, *, sequence: Any, position: Any, token_id: Any) -> Any:
+    """Write a bucket of rows in stored order that nobody else writes."""
+    made = writer.write_arrays(bucket, {**sites, "sequence": sequence, "position": position, "token_id": token_id})
+    assert isinstance(made, CommitRecord)
+    return made
 
 
 def write_known(url: str | Path, spec: StoreSpec = SPEC, *, buckets: Any = None, finalise: bool = True) -> Known:
@@ -91,7 +108,7 @@ def write_known(url: str | Path, spec: StoreSpec = SPEC, *, buckets: Any = None,
     known = Known(str(url), spec, random_sites(spec))
     writer = create_store(url, spec, threads=2)
     for b in range(spec.buckets) if buckets is None else buckets:
-        assert fill(writer, b, known.sites) is not None
+        assert isinstance(fill(writer, b, known.sites), CommitRecord)
     if finalise:
         writer.finalise()
     return known
@@ -141,12 +158,15 @@ __all__ = [
     "SPEC",
     "Known",
     "backend_url",
+    "begin",
     "clear_memory",
     "every_backend_url",
     "fill",
     "gcs_server",
+    "put",
     "random_sites",
     "replace",
     "s3_server",
     "write_known",
+    "write_rows",
 ]

@@ -33,9 +33,11 @@ from actstore.bench.report import (
 )
 from actstore.store import SiteSpec, Storage, StoreSpec, StoreWriter, create_store, open_store
 from actstore.store.format import codec
+from actstore.store.format.spec import PROVENANCE_ARRAYS
 from actstore.store.read.values import BucketRows, Values
 from actstore.store.storage import LocalStorage
 from actstore.store.write.bucket import LOCAL_PUTS, REMOTE_PUTS
+from actstore.store.write.protocol import NotWritten
 
 BLOCK_ROWS = 1 << 15
 SITE = "bench.0"
@@ -169,7 +171,7 @@ class _Run:
         create_store(self._storage.url, self.spec)
         storage: Any = self._storage if keep else _Discarding(self._storage)
         zeros = np.zeros(self.spec.rows, np.int32)
-        made = StoreWriter(storage, self.spec, threads=self.threads).write_bucket(
-            0, {SITE: _Repeated(self._block, self.spec.rows)}, sequence=zeros, position=zeros, token_id=zeros
+        made = StoreWriter(storage, self.spec, threads=self.threads).write_arrays(
+            0, {SITE: _Repeated(self._block, self.spec.rows), **dict.fromkeys(PROVENANCE_ARRAYS, zeros)}
         )
-        assert made is not None
+        assert not isinstance(made, NotWritten)

@@ -17,9 +17,9 @@ from actstore.capture.sites import check_sites, parse_sites
 from actstore.errors import StoreError
 from actstore.progress import Progress
 from actstore.store import StoreSpec, StoreWriter
-from actstore.store.format.manifest import read_spec
-from actstore.store.maintain.repair import condemned, mend_metadata
+from actstore.store.maintain.repair import condemned, restore_derived
 from actstore.store.maintain.verify import verify
+from actstore.store.read.index import read_spec
 from actstore.store.storage import LocalStorage, open_storage
 from actstore.tokens import row_starts
 
@@ -53,7 +53,7 @@ def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
     root = str(storage.root.resolve()) if isinstance(storage, LocalStorage) else url
     writer = StoreWriter(storage, spec, threads=config.threads)
     plan, model_config = _plan(config, root, spec) if found.buckets else (None, None)
-    mend_metadata(storage, spec, found.derived)
+    restore_derived(storage, found.derived)
     if plan is None:
         writer.finalise()
         outcome = NOTHING

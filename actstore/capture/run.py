@@ -18,8 +18,8 @@ from actstore.capture.sites import check_sites, expand_sites
 from actstore.errors import CaptureError, mismatch
 from actstore.progress import Progress
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store, open_writer
-from actstore.store.format.manifest import GROUP_KEY, extents_apart, read_spec
-from actstore.store.format.spec import comparable
+from actstore.store.format.spec import GROUP_KEY, comparable
+from actstore.store.read.index import extents_apart, read_spec
 from actstore.store.storage import LocalStorage, open_storage
 from actstore.store.write.extend import extend, extensions
 from actstore.tokens import TokenTable, copy_tokens, open_tokens, row_starts

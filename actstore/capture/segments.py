@@ -25,6 +25,8 @@ class Work:
     span: Span
     keys: tuple[str, ...] = ()
     """Damaged objects of a committed bucket that is captured again."""
+    version: str | None = None
+    """Of that bucket's commit object when it was found damaged; None if it is missing, or nothing is repaired."""
 
 
 @dataclass(frozen=True)

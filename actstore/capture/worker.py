@@ -92,6 +92,7 @@ class Replica:
     def capture(self, work: Work) -> BucketSummary:
         """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is mended."""
         from actstore.store.write.bucket import WriteTimes
+        from actstore.store.write.protocol import NotWritten
 
         loaded = self._loaded or self._forward.submit(self._load).result()
         ids = loaded.segments[work.segment].tokens.ids(work.span.first_sequence, work.span.stop_sequence)
@@ -99,10 +100,11 @@ class Replica:
         began, times, writer = time.perf_counter(), WriteTimes(), loaded.writer
         mended = False
         if work.keys:
-            from actstore.store.maintain.repair import mend_bucket
+            from actstore.store.maintain.repair import replace_shards
 
-            mended = mend_bucket(writer, work.bucket, data, work.keys)
-        record = None if mended else writer.write_arrays(work.bucket, data, condemned=bool(work.keys), times=times)
+            mended = replace_shards(writer, work.bucket, data, work.keys, work.version)
+        written = None if mended else writer.write_arrays(work.bucket, data, condemned=work.version, times=times)
+        record = None if written is None or isinstance(written, NotWritten) else written
         return BucketSummary(
             bucket=work.bucket,
             rows=work.span.rows,

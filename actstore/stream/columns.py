@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from actstore.errors import StreamError
 from actstore.store.format.fixed import Calibration
-from actstore.store.format.manifest import ArrayIndex
+from actstore.store.read.index import ArrayIndex
 from actstore.store.read.store import Store
 
 Batch = dict[str, NDArray[Any]]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from actstore.errors import ActstoreError, IntegrityError, StreamError
 from actstore.store.format import codec
-from actstore.store.format.manifest import Location
+from actstore.store.read.index import Location
 from actstore.store.read.store import Store
 from actstore.store.storage import LocalStorage
 from actstore.stream import filter as filters

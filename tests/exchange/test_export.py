@@ -16,7 +16,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from commands import run_actstore
-from conftest import SPEC, Known, write_known
+from conftest import SPEC, Known, write_known, write_rows
 
 from actstore.errors import StoreError
 from actstore.exchange.exporter import FORMATS, Format, export, parse_rows
@@ -137,7 +137,7 @@ def test_fixed_sites_are_dequantised(tmp_path: Path, chosen: Format) -> None:
     for b in range(spec.buckets):
         first, stop = spec.bucket_range(b)
         row = np.arange(first, stop, dtype=np.int32)[np.argsort(spec.permutation(b))]
-        assert writer.write_bucket(b, {"resid_post.3": x[row]}, sequence=row, position=row, token_id=row)
+        assert write_rows(writer, b, {"resid_post.3": x[row]}, sequence=row, position=row, token_id=row)
     export(tmp_path / "s", tmp_path / "o", format=chosen)
     found = load(tmp_path / "o", chosen)
     store = open_store(tmp_path / "s")
@@ -377,7 +377,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
     writer, none = create_store(url, spec), np.zeros(1 << 14, np.int32)
     rows = np.zeros((1 << 14, 1024), np.uint16)
     for b in range(spec.buckets):
-        assert writer.write_bucket(b, {"x": rows}, sequence=none, position=none, token_id=none)
+        assert write_rows(writer, b, {"x": rows}, sequence=none, position=none, token_id=none)
     writer.finalise()
     return str(url)
 

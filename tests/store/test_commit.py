@@ -12,17 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import CONTEXT, start_fork
-from conftest import SPEC, fill, random_sites, write_known
+from conftest import SPEC, begin, fill, put, random_sites, write_known
 from faults import FaultyProxy
 from servers import Server
 
-from actstore.errors import ActstoreError, MismatchError, StoreError
+from actstore.errors import ActstoreError, MismatchError
 from actstore.store import StoreSpec, StoreWriter, create_store, open_storage, open_store, open_writer
 from actstore.store.format import record
-from actstore.store.format.manifest import MANIFEST_KEY
+from actstore.store.format.manifest import HEAD_KEY
+from actstore.store.format.record import CommitRecord
 from actstore.store.maintain.verify import verify
+from actstore.store.read.index import read_record
 from actstore.store.storage import LocalStorage, Storage
-from actstore.store.write.attempt import Attempt, OvertakenError
+from actstore.store.write import protocol
+from actstore.store.write.protocol import Attempt, NotWritten
 
 SMALL = replace(SPEC, rows=600)
 
@@ -77,10 +80,10 @@ def test_a_zombie_changes_nothing(backend_url: str, undisturbed: str, method: st
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(fill, zombie, 1, other_values(1))
         assert gate.reached.wait(60)
-        assert fill(open_writer(backend_url), 1, known_values()) is not None
+        assert isinstance(fill(open_writer(backend_url), 1, known_values()), CommitRecord)
         before = contents(backend_url)
         gate.opened.set()
-        assert late.result(60) is None
+        assert late.result(60) in (NotWritten.TAKEN_OVER, NotWritten.ALREADY_COMMITTED)
     assert contents(backend_url) == before
     write_known(backend_url, SMALL, buckets=[0, 2])
     whole(backend_url, SMALL, undisturbed)
@@ -115,11 +118,11 @@ def test_of_many_attempts_one_commits(backend_url: str) -> None:
     values = [other_values(i) for i in range(6)]
     with ThreadPoolExecutor(6) as pool:
         made = list(pool.map(lambda v: fill(open_writer(backend_url, threads=1), 0, v), values))
-    won = [r for r in made if r is not None]
+    won = [r for r in made if isinstance(r, CommitRecord)]
     assert len(won) == 1
     assert damage(backend_url) == []
     store = open_store(backend_url)
-    assert store.index.attempts == (won[0].attempt,)
+    assert read_record(store.storage, SMALL, 0).attempt == won[0].attempt
     place = SMALL.permutation(0)
     mine = values[made.index(won[0])]["resid_post.3"][:256]
     stored = np.concatenate([store.read_chunk("resid_post.3", 0, c) for c in range(16)])
@@ -128,16 +131,14 @@ def test_of_many_attempts_one_commits(backend_url: str) -> None:
 
 def test_an_attempt_that_was_overtaken_can_neither_put_nor_commit(backend_url: str) -> None:
     storage = create_store(backend_url, SMALL).storage
-    first = Attempt.begin(storage, SMALL, 0)
-    assert first is not None
-    first.put("resid_post.3/c/0/0", b"first")
-    second = Attempt.begin(open_storage(backend_url), SMALL, 0)
-    assert second is not None
-    with pytest.raises(OvertakenError):
-        first.put("resid_post.3/c/0/0", b"again")
-    second.put("resid_post.3/c/0/0", b"second")
+    first = begin(storage, 0)
+    assert put(storage, first, "resid_post.3/c/0/0", b"first")
+    second = begin(open_storage(backend_url), 0)
+    assert not put(storage, first, "resid_post.3/c/0/0", b"again")
+    assert put(storage, second, "resid_post.3/c/0/0", b"second")
     assert storage.get("resid_post.3/c/0/0") == b"second"
-    assert not first.commit(b"{}")
+    assert isinstance(first, Attempt)
+    assert not protocol.run(storage, protocol.commit(first, b"{}"))
     assert open_writer(backend_url).committed() == set()
 
 
@@ -150,7 +151,7 @@ def test_readers_never_see_what_is_not_committed(backend_url: str) -> None:
         assert gate.reached.wait(60)
         assert open_store(backend_url).rows == 0  # all shards are there
         gate.opened.set()
-        assert late.result(60) is not None
+        assert isinstance(late.result(60), CommitRecord)
     assert open_store(backend_url).index.buckets.tolist() == [1]
 
 
@@ -164,25 +165,25 @@ def test_settings_that_differ_are_refused_and_change_nothing(backend_url: str) -
 
 def test_rows_can_be_fixed_later(backend_url: str, undisturbed: str) -> None:
     writer = create_store(backend_url, replace(SMALL, rows=1 << 40))
-    assert fill(writer, 0, known_values())
-    assert fill(writer, 1, known_values())
+    assert isinstance(fill(writer, 0, known_values()), CommitRecord)
+    assert isinstance(fill(writer, 1, known_values()), CommitRecord)
     assert not open_store(backend_url).complete
     with pytest.raises(ValueError, match="rows is 511"):
         writer.fix_rows(511)
     writer.fix_rows(600)
     writer.fix_rows(600)
-    assert fill(writer, 2, known_values())
+    assert isinstance(fill(writer, 2, known_values()), CommitRecord)
     writer.finalise()
     whole(backend_url, SMALL, undisturbed)
 
 
 def test_an_intent_beyond_the_final_rows_is_in_nobodys_way(backend_url: str, undisturbed: str) -> None:
     writer = create_store(backend_url, replace(SMALL, rows=1 << 40))
-    assert Attempt.begin(writer.storage, writer.spec, 7) is not None  # and dies
+    assert isinstance(begin(writer.storage, 7), Attempt)  # and dies
     for bucket in (0, 1):
-        assert fill(writer, bucket, known_values())
+        assert isinstance(fill(writer, bucket, known_values()), CommitRecord)
     writer.fix_rows(600)
-    assert fill(writer, 2, known_values())
+    assert isinstance(fill(writer, 2, known_values()), CommitRecord)
     assert open_store(backend_url).rows == 600
     writer.finalise()
     whole(backend_url, SMALL, undisturbed)
@@ -197,7 +198,7 @@ def test_the_manifest_follows_what_is_committed(backend_url: str, undisturbed: s
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: open_writer(backend_url).finalise(), range(2)))
     whole(backend_url, SMALL, undisturbed)
-    open_storage(backend_url).delete(MANIFEST_KEY)
+    open_storage(backend_url).delete(HEAD_KEY)
     whole(backend_url, SMALL, undisturbed)
 
 
@@ -291,7 +292,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, undisturbed: str, monkeypatch
 def test_a_commit_record_is_never_taken_for_an_intent(backend_url: str) -> None:
     known = write_known(backend_url, SMALL)
     storage = open_storage(known.url)
-    assert Attempt.begin(storage, SMALL, 0) is None
-    storage.put(record.commit_key(1), b"{}")
-    with pytest.raises(StoreError, match=r"commits/00000001\.json"):
-        Attempt.begin(storage, SMALL, 1)
+    assert begin(storage, 0) is NotWritten.ALREADY_COMMITTED
+    data = storage.get(record.commit_key(1))
+    storage.put(record.commit_key(1), data[:-9])  # damaged: still no intent
+    assert begin(storage, 1) is NotWritten.ALREADY_COMMITTED

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import SPEC, Known, clear_memory, write_known
+from conftest import SPEC, Known, clear_memory, write_known, write_rows
 
 from actstore.errors import IntegrityError, MismatchError, StoreError
 from actstore.store import SiteSpec, Storage, StoreSpec, create_store, open_storage, open_store
@@ -47,7 +47,7 @@ def write_normal(url: Path, spec: StoreSpec = NORMAL, **options: Any) -> dict[st
         r = slice(*spec.bucket_range(b))
         kind = {n: s.kind for n, s in spec.sites.items()}
         sites = {n: v[r].view(np.uint16) if kind[n] != "f32" else v[r].astype(np.float32) for n, v in out.items()}
-        assert writer.write_bucket(b, sites, sequence=zeros[r], position=zeros[r], token_id=zeros[r])
+        assert write_rows(writer, b, sites, sequence=zeros[r], position=zeros[r], token_id=zeros[r])
     writer.finalise()
     return {name: v.astype(np.float32) for name, v in out.items()}
 
@@ -238,7 +238,7 @@ def test_an_unfinished_store_is_copied_as_far_as_it_is(tmp_path: Path) -> None:
     zeros = np.zeros(256, np.int32)
     for b in range(2):
         sites = {k: v[256 * b : 256 * b + 256] for k, v in content.items()}
-        assert writer.write_bucket(b, sites, sequence=zeros, position=zeros, token_id=zeros)
+        assert write_rows(writer, b, sites, sequence=zeros, position=zeros, token_id=zeros)
         summary = copy(tmp_path / "s", tmp_path / "c")
         assert (summary.buckets, summary.buckets_copied, summary.planned_buckets) == (b + 1, 1, None)
     with pytest.raises(StoreError, match="unfinished"):

@@ -24,9 +24,10 @@ from conftest import fill, random_sites
 from actstore.errors import ActstoreError
 from actstore.store import SiteSpec, StoreSpec, create_store, open_storage, open_store
 from actstore.store.format import codec
-from actstore.store.format.manifest import MANIFEST_KEY, Location
+from actstore.store.format.manifest import HEAD_KEY
 from actstore.store.format.spec import ATTRIBUTE, GROUP_KEY, SEAL
 from actstore.store.maintain.verify import Damage, verify
+from actstore.store.read.index import Location
 from actstore.store.storage.local import LOCK
 
 SPEC = StoreSpec(
@@ -57,7 +58,7 @@ def kind_of(key: str) -> str:
         return SPEC.sites[top].kind if top in SPEC.sites else "provenance"
     if top == "calibration":
         return "calibration metadata" if key.endswith(GROUP_KEY) else "calibration"
-    return {GROUP_KEY: "group", MANIFEST_KEY: "manifest", "commits": "record"}[top]
+    return {GROUP_KEY: "group", HEAD_KEY: "manifest", "commits": "record"}[top]
 
 
 def build(root: Path, spec: StoreSpec, seed: int) -> dict[str, bytes]:
@@ -81,7 +82,7 @@ def snapshot(root: Path) -> dict[str, bytes]:
 
 def fact(root: Path, key: str) -> Any:
     """What an object says, by readers that are not actstore's; an exception if it says nothing."""
-    if key == MANIFEST_KEY:
+    if key == HEAD_KEY:
         if not (root / key).exists():
             return None
         table = pq.read_table(root / key)
@@ -110,7 +111,7 @@ def changed(whole: "Whole", keys: list[str]) -> set[str]:
     out = set[str]()
     for key in keys:
         try:
-            same = fact(whole.root, key) == whole.facts[key] or (key == MANIFEST_KEY and fact(whole.root, key) is None)
+            same = fact(whole.root, key) == whole.facts[key] or (key == HEAD_KEY and fact(whole.root, key) is None)
         except Exception:  # noqa: BLE001  whatever a foreign reader raises, it has read nothing
             same = False
         if not same:

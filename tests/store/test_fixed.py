@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import SPEC
+from conftest import SPEC, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,8 +35,8 @@ def write(url: Path, spec: StoreSpec, values: np.ndarray, **kwargs: object) -> N
         first, stop = writer.bucket_range(b)
         order = np.argsort(writer.permutation(b)) + first
         zeros = np.zeros(stop - first, np.int32)
-        made = writer.write_bucket(
-            b, {"resid_post.3": values[order]}, sequence=order.astype(np.int32), position=zeros, token_id=zeros
+        made = write_rows(
+            writer, b, {"resid_post.3": values[order]}, sequence=order.astype(np.int32), position=zeros, token_id=zeros
         )
         assert made is not None
     writer.finalise()
@@ -124,7 +124,7 @@ def test_the_calibration_is_made_once_and_is_bound_to_the_buckets(tmp_path: Path
     scaled = (floats(x) * 3).astype(ml_dtypes.bfloat16).view(np.uint16)
     for b in (1, 0):
         rows = scaled if b else x
-        other.write_bucket(b, {"resid_post.3": rows[:4096]}, sequence=zeros, position=zeros, token_id=zeros)
+        write_rows(other, b, {"resid_post.3": rows[:4096]}, sequence=zeros, position=zeros, token_id=zeros)
     file.write_bytes((tmp_path / "o" / calibration_key("resid_post.3")).read_bytes())
     with pytest.raises(IntegrityError, match="calibration"):
         open_store(tmp_path / "s").calibration("resid_post.3")

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from actstore.store.format.parquet_pages import page_sizes
 from commands import run_in_fork
 from conftest import fill, random_sites
 from hypothesis import HealthCheck, given, settings
@@ -35,8 +36,7 @@ import actstore
 from actstore.errors import ActstoreError, IntegrityError, StoreError
 from actstore.store import SiteSpec, StoreSpec, create_store, open_storage, open_store
 from actstore.store.format import codec
-from actstore.store.format.manifest import MANIFEST_KEY
-from actstore.store.format.parquet_pages import page_sizes
+from actstore.store.format.manifest import HEAD_KEY
 from actstore.store.format.record import commit_key
 from actstore.store.format.shard import footer
 from actstore.store.format.spec import ATTRIBUTE, GROUP_KEY, SEAL, UNSEALED, calibration_key, load_sealed, seal
@@ -202,7 +202,7 @@ def fuzz_json(root: Path, key: str, ways: tuple[Callable[[Path], None], ...], bu
     @budget
     def one(data: st.DataObject, alone: bool) -> None:
         content = sealed(lie(data.draw, told))
-        with instead(root, {key: content, **({MANIFEST_KEY: None} if alone else {})}):
+        with instead(root, {key: content, **({HEAD_KEY: None} if alone else {})}):
             use(root, *ways)
 
     one()
@@ -263,7 +263,7 @@ def put(told: Any, path: str, value: Any) -> Any:
 )
 def test_groups_that_lie_are_refused_by_field(root: Path, path: str, value: Any, words: str) -> None:
     lying = put(document(root, GROUP_KEY), f"attributes/{ATTRIBUTE}/{path}", value)
-    with instead(root, {GROUP_KEY: sealed(lying), MANIFEST_KEY: None}):
+    with instead(root, {GROUP_KEY: sealed(lying), HEAD_KEY: None}):
         said = use(root)
         assert len(said) == 2
         assert all(words in s and GROUP_KEY in s for s in said), said
@@ -310,7 +310,7 @@ def test_records_that_lie_are_refused_by_field(root: Path, path: str, value: Any
     """Without `words`: what can't be seen to be false; it must not stop a reader."""
     keys = [commit_key(0), commit_key(1)] if words is None else [commit_key(0)]
     lying = {key: sealed(put(document(root, key), path, value)) for key in keys}
-    with instead(root, {**lying, MANIFEST_KEY: None}):
+    with instead(root, {**lying, HEAD_KEY: None}):
         said = use(root)
         if words is None:
             assert said == []
@@ -330,7 +330,7 @@ def test_json_that_no_parser_should_take(text: str) -> None:
 
 def manifest(root: Path, told: Any = None, table: pa.Table | None = None, **options: Any) -> bytes:
     """A sealed manifest that says `told` in its metadata and `table` in its columns; else what the real one says."""
-    real = pq.read_table(root / MANIFEST_KEY)
+    real = pq.read_table(root / HEAD_KEY)
     table = real.replace_schema_metadata() if table is None else table
     out = io.BytesIO()
     options = {"compression": "zstd", "store_schema": False, **options}
@@ -343,12 +343,12 @@ def manifest(root: Path, told: Any = None, table: pa.Table | None = None, **opti
 
 @pytest.mark.parametrize("budget", [quick, pytest.param(many, marks=slow)], ids=["some", "many"])
 def test_manifest_metadata_that_lies(root: Path, budget: settings) -> None:
-    told = {**json.loads(pq.read_table(root / MANIFEST_KEY).schema.metadata[b"actstore"]), SEAL: UNSEALED}
+    told = {**json.loads(pq.read_table(root / HEAD_KEY).schema.metadata[b"actstore"]), SEAL: UNSEALED}
 
     @given(data=st.data())
     @budget
     def one(data: st.DataObject) -> None:
-        with instead(root, {MANIFEST_KEY: manifest(root, lie(data.draw, told))}):
+        with instead(root, {HEAD_KEY: manifest(root, lie(data.draw, told))}):
             use(root)
 
     one()
@@ -376,13 +376,13 @@ COLUMNS: list[tuple[str, Any]] = [
     ("column", "values"), [*COLUMNS, *[(c, None) for c in ("bucket", "attempt", "position/chunks")]]
 )
 def test_manifest_columns_that_lie(root: Path, column: str, values: Any) -> None:
-    table = pq.read_table(root / MANIFEST_KEY).replace_schema_metadata()
+    table = pq.read_table(root / HEAD_KEY).replace_schema_metadata()
     i = table.schema.get_field_index(column)
     table = table.remove_column(i) if values is None else table.set_column(i, column, [values])
-    with instead(root, {MANIFEST_KEY: manifest(root, table=table)}):
+    with instead(root, {HEAD_KEY: manifest(root, table=table)}):
         said = use(root)
         assert len(said) == 2
-        assert all(MANIFEST_KEY in s for s in said), said
+        assert all(HEAD_KEY in s for s in said), said
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd", "snappy"])
@@ -392,20 +392,20 @@ def test_manifests_by_other_settings_of_parquet_are_read(
     root: Path, compression: str, dictionary: bool, version: str
 ) -> None:
     content = manifest(root, compression=compression, use_dictionary=dictionary, data_page_version=version)
-    with instead(root, {MANIFEST_KEY: content}):
+    with instead(root, {HEAD_KEY: content}):
         assert use(root) == []
 
 
 def test_a_manifest_of_a_longer_store_does_not_stretch_this_one(root: Path) -> None:
     """The group says 40 rows; a manifest of 1000 knows a third bucket, and a second one that is full."""
-    told = {**json.loads(pq.read_table(root / MANIFEST_KEY).schema.metadata[b"actstore"]), SEAL: UNSEALED, "rows": 1000}
-    table = pq.read_table(root / MANIFEST_KEY).replace_schema_metadata()
+    told = {**json.loads(pq.read_table(root / HEAD_KEY).schema.metadata[b"actstore"]), SEAL: UNSEALED, "rows": 1000}
+    table = pq.read_table(root / HEAD_KEY).replace_schema_metadata()
     full = pa.concat_tables([table.slice(0, 1), table.slice(0, 1)])
     for bucket in (1, 2):
         for s in told["stats"].values():
             s["rows"] = 64
         lying = full.set_column(0, "bucket", [[0, bucket]])
-        with instead(root, {MANIFEST_KEY: manifest(root, told, lying)}):
+        with instead(root, {HEAD_KEY: manifest(root, told, lying)}):
             said = use(root)
             assert len(said) == 2
             assert "describe different stores" in said[0]
@@ -430,7 +430,7 @@ def flip_manifest(root: str, count: int) -> Callable[[], dict[str, int]]:
     """Sealed manifests with wrong bytes: what pyarrow meets behind the seal."""
 
     def work() -> dict[str, int]:
-        rng, file, seen = np.random.default_rng(count), Path(root) / MANIFEST_KEY, {"refused": 0, "taken": 0}
+        rng, file, seen = np.random.default_rng(count), Path(root) / HEAD_KEY, {"refused": 0, "taken": 0}
         whole = file.read_bytes()
         for _ in range(count):
             data = bytearray(whole)
@@ -524,7 +524,7 @@ def test_payloads_with_the_right_checksum_are_refused_by_chunk(root: Path, paylo
     told_shard["chunks"][0] = len(payload) + 4
     told_shard["crc32c"] = f"{crc:08x}" + told_shard["crc32c"][8:]
     shard = payload + crc.to_bytes(4, "little") + rest + footer(told_shard["chunks"], 2)
-    with instead(root, {key: shard, commit_key(0): sealed(told), MANIFEST_KEY: None}):
+    with instead(root, {key: shard, commit_key(0): sealed(told), HEAD_KEY: None}):
         said = use(root, read, check, stream, through_zarr)
         assert len(said) == 4
         assert all(f"{key} chunk at byte 0" in s for s in said), said
@@ -541,7 +541,7 @@ def test_calibrations_that_lie_are_refused(root: Path, value: float | None, row:
     records = {
         c: sealed(put(document(root, c), "calibration/attn_out.3", f"{crc:08x}")) for c in map(commit_key, (0, 1))
     }
-    with instead(root, {key: plain + crc.to_bytes(4, "little"), **records, MANIFEST_KEY: None}):
+    with instead(root, {key: plain + crc.to_bytes(4, "little"), **records, HEAD_KEY: None}):
         said = use(root, read, check, stream)
         if row == "offset" and value in (0.0, -1.0):  # an offset may be anything finite
             assert said == []
@@ -583,16 +583,16 @@ def long_page(root: Path, column: str, values: int) -> bytes:
 def bombs(root: str) -> Callable[[], list[list[str]]]:
     """Small objects that claim or unpack to a gigabyte and more: JSON, a long or repeated string, a long page."""
     path = Path(root)
-    told = {**json.loads(pq.read_table(path / MANIFEST_KEY).schema.metadata[b"actstore"]), SEAL: UNSEALED}
+    told = {**json.loads(pq.read_table(path / HEAD_KEY).schema.metadata[b"actstore"]), SEAL: UNSEALED}
     long = pa.table({"bucket": [0, 1], "attempt": ["a", "x" * (160 << 20)]})
     ids = pa.DictionaryArray.from_arrays(np.zeros(300_000, np.int32), pa.array(["x" * (1 << 14)]))
     repeated = pa.table({"bucket": np.arange(300_000), "attempt": ids})
     larger = {**told, "bucket_rows": 8, "shard_rows": 8, "rows": 1 << 22}
     files: list[dict[str, bytes | None]] = [
-        {MANIFEST_KEY: manifest(path, told, long, use_dictionary=False)},
-        {MANIFEST_KEY: manifest(path, larger, repeated)},
-        {MANIFEST_KEY: long_page(path, "token_id/crc32c", 1 << 28)},
-        {MANIFEST_KEY: None, commit_key(0): sealed({SEAL: UNSEALED, "x": [{}] * 5_000_000})},
+        {HEAD_KEY: manifest(path, told, long, use_dictionary=False)},
+        {HEAD_KEY: manifest(path, larger, repeated)},
+        {HEAD_KEY: long_page(path, "token_id/crc32c", 1 << 28)},
+        {HEAD_KEY: None, commit_key(0): sealed({SEAL: UNSEALED, "x": [{}] * 5_000_000})},
     ]
 
     def work() -> list[list[str]]:
@@ -614,7 +614,7 @@ def test_bombs_are_refused_before_they_unpack(tmp_path: Path) -> None:
 
 KEYS = [
     GROUP_KEY,
-    MANIFEST_KEY,
+    HEAD_KEY,
     commit_key(0),
     "resid_post.3/c/0/0",
     "resid_post.3/zarr.json",
@@ -644,7 +644,7 @@ def test_objects_that_are_no_files_of_the_store(tmp_path: Path, key: str, what: 
         to = {"device": "/dev/zero", "circle": path}.get(what, outside)
         path.mkdir() if what == "directory" else path.symlink_to(to)
     said = use(root)
-    assert said or (key, what) == (MANIFEST_KEY, "directory")  # without a manifest the records speak
+    assert said or (key, what) == (HEAD_KEY, "directory")  # without a manifest the records speak
     if what not in ("directory", "circle"):
         assert any("leads out of the store" in s for s in said), said
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run_actstore
-from conftest import SPEC, Known, write_known
+from conftest import SPEC, Known, begin, write_known, write_rows
 
 from actstore.store import create_store, open_storage, open_store
 from actstore.store.format import record
 from actstore.store.format.spec import OPEN_ENDED
 from actstore.store.maintain.info import describe
-from actstore.store.write.attempt import Attempt
+from actstore.store.write.protocol import Attempt
 
 
 def test_a_finished_store(known: Known) -> None:
@@ -35,8 +35,8 @@ def test_statistics_are_those_of_the_rows(tmp_path: Path) -> None:
     spec = replace(SPEC, sites={"mlp_out.3": SPEC.sites["mlp_out.3"]}, rows=256)
     rows = np.random.default_rng(0).normal(size=(256, 7)).astype(np.float32)
     writer = create_store(tmp_path / "s", spec)
-    assert writer.write_bucket(
-        0, {"mlp_out.3": rows}, **dict.fromkeys(("sequence", "position", "token_id"), _zeros(256))
+    assert write_rows(
+        writer, 0, {"mlp_out.3": rows}, **dict.fromkeys(("sequence", "position", "token_id"), _zeros(256))
     )
     site = describe(open_store(tmp_path / "s"))["sites"]["mlp_out.3"]
     assert site["rms_norm"] == pytest.approx(np.sqrt((rows.astype(np.float64) ** 2).sum(1).mean()))
@@ -48,7 +48,7 @@ def test_buckets_in_work_are_counted_with_their_age(backend_url: str) -> None:
     storage = open_storage(backend_url)
     assert describe(open_store(backend_url))["buckets_in_work"] == 0
     for bucket in (1, 3):
-        assert Attempt.begin(storage, SPEC, bucket)
+        assert isinstance(begin(storage, bucket), Attempt)
     figures = describe(open_store(backend_url))
     assert (figures["buckets"], figures["planned_buckets"], figures["buckets_in_work"]) == (1, 4, 2)
     assert figures["complete"] is False
@@ -58,7 +58,7 @@ def test_buckets_in_work_are_counted_with_their_age(backend_url: str) -> None:
 def test_the_age_is_that_of_the_newest(tmp_path: Path) -> None:
     write_known(tmp_path / "s", buckets=[0])
     for bucket, hours in ((1, 5), (2, 3)):
-        assert Attempt.begin(open_storage(tmp_path / "s"), SPEC, bucket)
+        assert isinstance(begin(open_storage(tmp_path / "s"), bucket), Attempt)
         stamp = time.time() - hours * 3600
         os.utime(tmp_path / "s" / record.commit_key(bucket), (stamp, stamp))
     assert describe(open_store(tmp_path / "s"))["newest_attempt_s"] == pytest.approx(3 * 3600, abs=60)
@@ -68,7 +68,7 @@ def test_an_open_ended_store(tmp_path: Path) -> None:
     spec = replace(SPEC, rows=OPEN_ENDED)
     writer = create_store(tmp_path / "s", spec)
     sites = {"resid_post.3": np.zeros((256, 24), np.uint16), "mlp_out.3": np.ones((256, 7), np.float32)}
-    assert writer.write_bucket(0, sites, sequence=_zeros(256), position=_zeros(256), token_id=_zeros(256))
+    assert write_rows(writer, 0, sites, sequence=_zeros(256), position=_zeros(256), token_id=_zeros(256))
     done = run_actstore("info", str(tmp_path / "s"), "--json", str(tmp_path / "i.json"))
     figures = json.loads((tmp_path / "i.json").read_text())
     assert (figures["rows"], figures["planned_rows"], figures["planned_buckets"]) == (256, None, None)

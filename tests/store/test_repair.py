@@ -24,9 +24,9 @@ from actstore.capture.segments import open_segments
 from actstore.errors import CaptureError, IntegrityError, MismatchError, StoreError
 from actstore.progress import Progress
 from actstore.store import open_store, open_writer
-from actstore.store.format.manifest import read_spec
 from actstore.store.maintain.info import describe
 from actstore.store.maintain.verify import verify
+from actstore.store.read.index import read_spec
 from actstore.store.storage import open_storage
 from actstore.tokens import TokenizeConfig, tokenize
 

@@ -11,11 +11,11 @@ from actstore import ActivationDataset
 from actstore.errors import MismatchError, StoreError
 from actstore.exchange.exporter import export
 from actstore.store import SiteSpec, StoreSpec, open_store, open_writer
-from actstore.store.format.manifest import read_spec
 from actstore.store.format.spec import ATTRIBUTE, GROUP_KEY, dump
 from actstore.store.maintain.copy import copy
 from actstore.store.maintain.gc import collect
 from actstore.store.maintain.verify import verify
+from actstore.store.read.index import read_spec
 from actstore.store.storage import open_storage
 from actstore.store.write.extend import extend, extensions
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import CONTEXT
+from conftest import write_rows
 
 from actstore.errors import ActstoreError, MismatchError
 from trainer import checkpoint
@@ -52,7 +53,7 @@ def make_store(path, d=16, rows=1024):
         x = (rng.standard_normal((512, d)) * 3 + 1).astype(np.float32)
         data = {SITES[0]: x, SITES[1]: (x @ turn / 2).astype(np.float32)}
         ids = {name: np.zeros(512, np.int32) for name in ("sequence", "position", "token_id")}
-        writer.write_bucket(bucket, data, **ids)
+        write_rows(writer, bucket, data, **ids)
     writer.finalise()
     return str(path)
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 from safetensors.numpy import load_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -355,7 +356,7 @@ def make_store(path, d=24, rows=2048):
     for b in range(writer.buckets):
         first, stop = writer.bucket_range(b)
         index = np.arange(stop - first, dtype=np.int32)
-        writer.write_bucket(b, {"resid_post.1": x[first:stop]}, sequence=index, position=index, token_id=index)
+        write_rows(writer, b, {"resid_post.1": x[first:stop]}, sequence=index, position=index, token_id=index)
     writer.finalise()
     return x
 

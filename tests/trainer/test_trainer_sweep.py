@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 from test_trainer_resume import SITES, content, make_store
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -213,7 +214,7 @@ def test_statistics_of_no_use_are_refused(tmp_path):
     x = np.ones((512, 4), np.float32)
     x[3, 2] = np.nan
     ids = {name: np.zeros(512, np.int32) for name in ("sequence", "position", "token_id")}
-    writer.write_bucket(0, {SITES[0]: np.ones((512, 4), np.float32), SITES[1]: x}, **ids)
+    write_rows(writer, 0, {SITES[0]: np.ones((512, 4), np.float32), SITES[1]: x}, **ids)
     writer.finalise()
     with pytest.raises(ActstoreError, match=r"mean squared norm of mlp_out\.1 is nan"):
         sweep(config_of(str(tmp_path / "s"), tmp_path / "out"))

@@ -5,6 +5,7 @@ buffers that are used again: compressed bytes are not copied, and fresh memory w
 """
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.store.format import codec, fixed, shard, stats
-from actstore.store.format.record import ShardRecord
+from actstore.store.format.record import Chunks
 from actstore.store.format.spec import ArraySpec
 
 _local = threading.local()
@@ -34,28 +35,41 @@ class Encoded:
 
     size: int
     """Bytes of the object, from the start of the buffer."""
-    shard: ShardRecord
+    lengths: list[int]
+    """Stored bytes of each chunk."""
+    crc32c: list[int]
+    """Of each chunk."""
     sums: stats.Sums | None
     """None for provenance arrays."""
+
+
+def chunks(shards: Sequence[Encoded]) -> Chunks:
+    """The chunks of consecutive shards, as a commit record keeps them."""
+    return Chunks(
+        stored=np.array([n for s in shards for n in s.lengths], np.uint32),
+        crc32c=np.array([crc for s in shards for crc in s.crc32c], np.uint32),
+    )
 
 
 def buffer_bytes(array: ArraySpec) -> int:
     """More bytes than any shard of the array has."""
     capacity = array.chunks_per_shard
-    return capacity * codec.max_stored(array.chunk_bytes) + shard.index_bytes(capacity)
+    return capacity * codec.max_stored(array.chunk_bytes) + shard.tail_bytes(capacity)
 
 
 def encode_shard(
     array: ArraySpec,
     rows: NDArray[Any],
     out: NDArray[np.uint8],
+    attempt: str,
     *,
     with_sums: bool = False,
     calibration: fixed.Calibration | None = None,
 ) -> Encoded:
     """Encode up to shard_rows rows [n, ...] in stored order to the start of `out`, of `buffer_bytes`.
 
-    `calibration` belongs to a `fixed` site; `NotFiniteError` then names the first row without a code.
+    `attempt` is the id of the attempt that writes it. `calibration` belongs to a `fixed` site; `NotFiniteError` then
+    names the first row without a code.
     """
     lengths: list[int] = []
     crcs: list[int] = []
@@ -75,10 +89,9 @@ def encode_shard(
         lengths.append(length)
         crcs.append(crc)
         at += length
-    footer = np.frombuffer(shard.footer(lengths, array.chunks_per_shard), np.uint8)
-    out[at : at + len(footer)] = footer
-    made = ShardRecord(chunks=tuple(lengths), crc32c=tuple(crcs))
-    return Encoded(size=at + len(footer), shard=made, sums=reduce(stats.add, sums) if sums else None)
+    tail = np.frombuffer(shard.tail(lengths, array.chunks_per_shard, attempt), np.uint8)
+    out[at : at + len(tail)] = tail
+    return Encoded(size=at + len(tail), lengths=lengths, crc32c=crcs, sums=reduce(stats.add, sums) if sums else None)
 
 
 def _quantised(chunk: NDArray[Any], calibration: fixed.Calibration, start: int) -> tuple[NDArray[np.int16], stats.Sums]:
@@ -87,8 +100,8 @@ def _quantised(chunk: NDArray[Any], calibration: fixed.Calibration, start: int) 
     if bad is not None:
         raise NotFiniteError(start + bad)
     codes, values = _scratch(chunk.shape)
-    saturated = fixed.quantise(bits, calibration, codes, values)
-    return codes, replace(stats.sums(values), saturated=saturated)
+    saturated, clipped_sq = fixed.quantise(bits, calibration, codes, values)
+    return codes, replace(stats.sums(values), saturated=saturated, clipped_sq=clipped_sq)
 
 
 def _scratch(shape: tuple[int, ...]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:

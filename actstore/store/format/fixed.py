@@ -9,8 +9,10 @@ measured on rows of the sample is eps. Every value of the store is then
     value = float32(scale * code + offset)      in float64, which is exact up to the last rounding
 
 with `offset = mean - 128 * scale`: codes lie around 128, so that their high byte is almost always zero and the entropy
-coder drops it. What lies beyond the codes is clipped and counted. Against a mantissa rounded to 4 bits (bf16 planes,
-added FVU 2-5e-4, ratio 2.0) `fixed(1e-3)` reaches 3.0 at an error that one chooses. NaN and infinity have no code.
+coder drops it. A value beyond the codes is clipped; clipped values and their squared error are counted, and a bucket
+whose clipping alone adds more than eps is refused (`write/bucket.py`). Against a mantissa rounded to 4 bits (bf16
+planes, added FVU 2-5e-4, ratio 2.0) `fixed(1e-3)` reaches 3.0 at an error that one chooses. NaN and infinity have no
+code.
 
 The error is relative to the variance of the sample: rows far longer than any in the sample make it smaller than eps.
 """
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from actstore.errors import IntegrityError
 from actstore.store.format.bits import wide
 from actstore.store.format.codec import CRC_BYTES, crc32c
-from actstore.store.format.stats import Sums, as_bits, summarise
+from actstore.store.format.stats import Sums, as_bits, finite_mask, summarise
 
 CENTRE = 128
 """Code of the mean."""
@@ -118,28 +120,33 @@ def _quantise(
     offset: NDArray[np.float32],
     codes: NDArray[np.int16],
     values: NDArray[np.float32],
-) -> int:
+) -> tuple[int, float]:
     n, d = bits.shape
     inverse = np.empty(d)
     for k in range(d):
         inverse[k] = 1.0 / np.float64(scale[k])
-    saturated = 0
+    saturated, clipped_sq = 0, 0.0
     for i in range(n):
         row, code_row, value_row = bits[i], codes[i], values[i]
         for k in range(d):
             code = np.rint((wide(row[k]) - np.float64(offset[k])) * inverse[k])
             kept = min(max(code, -32768.0), 32767.0)
-            saturated += kept != code
             code_row[k] = np.int16(kept)
             value_row[k] = np.float32(kept * np.float64(scale[k]) + np.float64(offset[k]))
-    return saturated
+            if kept != code:
+                saturated += 1
+                clipped_sq += (wide(row[k]) - np.float64(value_row[k])) ** 2
+    return saturated, clipped_sq
 
 
 def quantise(
     bits: NDArray[Any], calibration: Calibration, codes: NDArray[np.int16], values: NDArray[np.float32]
-) -> int:
-    """Codes and decoded values of finite rows [n, d] (bf16 bits or float32 bits); returns how many were clipped."""
-    return int(_quantise(bits, calibration.scale, calibration.offset, codes, values))
+) -> tuple[int, float]:
+    """Codes and decoded values of finite rows [n, d] (bf16 or float32 bits).
+
+    Returns how many values were clipped, and the sum of their squared errors.
+    """
+    return _quantise(bits, calibration.scale, calibration.offset, codes, values)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -161,6 +168,5 @@ def dequantise(codes: NDArray[np.int16], calibration: Calibration) -> NDArray[np
 
 def first_not_finite(bits: NDArray[Any]) -> int | None:
     """Index of the first row [n, d] of bf16 or float32 bits that holds NaN or infinity."""
-    exponent = bits.dtype.type(0x7F80 if bits.dtype == np.uint16 else 0x7F800000)
-    bad = ((bits & exponent) == exponent).any(axis=1)
+    bad = ~finite_mask(bits)
     return int(bad.argmax()) if bad.any() else None

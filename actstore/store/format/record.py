@@ -1,57 +1,73 @@
-"""The commit record: the small JSON object that makes a bucket exist.
+"""The commit object: the small JSON object that makes a bucket exist.
 
-`commits/<bucket>.json` is in one of two states. While an attempt writes the bucket it is an intent: the attempt's id
-and nothing else. A bucket exists when it is `committed`: it then says how long every chunk is (so that no reader needs
-a shard's index), what its crc32c is (so that an intact chunk in the wrong place is found), and the statistics. Only
-compare-and-swap moves it from one to the other, so whoever has taken the intent over has ended the attempt before
-(`docs/decisions/0005-commit.md`).
+`commits/<bucket>.json` is in one of two states. While an attempt writes the bucket it is an intent, which holds the
+attempt's id and nothing else. A bucket exists when the object is a commit record, which says how long every chunk is
+(so that no reader needs a shard's index), what its crc32c is (so that an intact chunk in the wrong place is found), and
+the statistics. Only a compare-and-swap replaces one by the other (`docs/decisions/0005-commit.md`).
 
-Like all metadata it is read as untrusted: numbers that contradict the store's spec raise `StoreError`.
+An intent has at most `INTENT_BYTES`, a record has more. So a listing, which gives sizes, tells which buckets exist.
+Like all metadata the object is read as untrusted: numbers that contradict the store's spec raise `StoreError`.
 """
 
+import hashlib
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from actstore.errors import StoreError
 from actstore.store.format import stats
 from actstore.store.format.codec import max_stored
-from actstore.store.format.shard import index_bytes
-from actstore.store.format.spec import FORMAT_VERSION, SEAL, UNSEALED, ArraySpec, StoreSpec, arrays, dump, load_sealed
+from actstore.store.format.sealed import SEAL, UNSEALED, Sealed, decode, dump
+from actstore.store.format.shard import MARK_BYTES
+from actstore.store.format.spec import FORMAT_VERSION, ArraySpec, StoreSpec, arrays
 
 COMMITS = "commits"
-WRITING, COMMITTED = "writing", "committed"
-MAX_ATTEMPT = 64
-"""Characters of an attempt's id."""
+INTENT_BYTES = 256
+_ATTEMPT = re.compile(r"[!-~]{16}")
 _HEX = re.compile(r"[0-9a-f]*")
-_INTENT_FIELDS = {"format_version", SEAL, "bucket", "attempt", "state"}
-_FIELDS = _INTENT_FIELDS | {"rows", "shards", "calibration", "stats"}
+_MAX_VERSIONS = 16
 
 
 def commit_key(bucket: int) -> str:
-    """Object name of a bucket's commit record."""
+    """Object name of a bucket's commit object."""
     return f"{COMMITS}/{bucket:08d}.json"
 
 
-def bucket_of(key: str, spec: StoreSpec) -> int | None:
-    """The bucket that a commit record's name stands for; `StoreError` for other names.
-
-    None beyond the rows, where attempts leave intents that died before an open-ended store got its number of rows.
-    """
+def bucket_of(key: str) -> int | None:
+    """The bucket that a commit object's name stands for; None for other names."""
     stem = key.removeprefix(f"{COMMITS}/").removesuffix(".json")
-    if not (stem.isascii() and stem.isdigit()) or commit_key(int(stem)) != key:
-        raise StoreError(f"{key}: not the name of a commit record")
-    return int(stem) if int(stem) < spec.buckets else None
+    number = int(stem) if stem.isascii() and stem.isdigit() and len(stem) <= 18 else -1
+    return number if number >= 0 and commit_key(number) == key else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """One stored shard."""
+def committed_buckets(sizes: Mapping[str, int], spec: StoreSpec) -> NDArray[np.int64]:
+    """Buckets that exist, ascending, given the sizes of the objects below `commits`; `StoreError` for a strange name.
 
-    chunks: tuple[int, ...]
-    """Stored bytes of each chunk, in place order from offset 0; places beyond are absent."""
-    crc32c: tuple[int, ...]
-    """Of each chunk: what its last four bytes say."""
+    Commit objects beyond the rows are left out: attempts that died before an open-ended store got its rows leave them.
+    """
+    found: list[int] = []
+    for key, size in sizes.items():
+        bucket = bucket_of(key)
+        if bucket is None:
+            raise StoreError(f"{key}: not the name of a commit object; delete it, or see: actstore verify")
+        if size > INTENT_BYTES and bucket < spec.buckets:
+            found.append(bucket)
+    return np.array(sorted(found), np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chunks:
+    """The chunks of one array in one bucket, in the order of places."""
+
+    stored: NDArray[np.uint32]
+    """Stored bytes of each chunk [chunks], crc32c included."""
+    crc32c: NDArray[np.uint32]
+    """Of each chunk [chunks]: what its last four bytes say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,129 +86,139 @@ class CommitRecord:
     attempt: str
     """Random id of the attempt that committed."""
     rows: int
-    shards: dict[str, tuple[ShardRecord, ...]]
-    """Per array, its shards of this bucket in order."""
+    arrays: dict[str, Chunks]
+    """By array name."""
     calibration: dict[str, int]
     """Per `fixed` site, crc32c of the calibration object that its codes are in."""
     stats: dict[str, stats.Sums]
     """Per site."""
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    """Of the libraries that computed the rows, where the writer says."""
 
-    def stored_bytes(self, spec: StoreSpec) -> int:
-        """Bytes of all shards, indexes included."""
-        return sum(
-            sum(s.chunks) + index_bytes(a.chunks_per_shard) for a in arrays(spec).values() for s in self.shards[a.name]
-        )
-
-
-def shard_count(array: ArraySpec, rows: int) -> int:
-    """Shards that a bucket of so many rows has in this array."""
-    return -(-rows // array.shard_rows)
-
-
-def chunk_counts(array: ArraySpec, rows: int) -> list[int]:
-    """Chunks present in each of the shards of a bucket of so many rows."""
-    chunks = -(-rows // array.chunk_rows)
-    return [min(array.chunks_per_shard, chunks - i * array.chunks_per_shard) for i in range(shard_count(array, rows))]
+    @property
+    def digest(self) -> str:
+        """Of the content: BLAKE2b-128 over the crc32c of all chunks, array by array in the order of names."""
+        h = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.arrays):
+            h.update(self.arrays[name].crc32c.astype("<u4", copy=False).tobytes())
+        return h.hexdigest()
 
 
-def _head(state: str, bucket: int, attempt: str) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, SEAL: UNSEALED, "state": state, "bucket": bucket, "attempt": attempt}
+def shard_chunks(array: ArraySpec, committed: CommitRecord) -> list[Chunks]:
+    """The chunks of each shard that an array has in a bucket."""
+    whole, step = committed.arrays[array.name], array.chunks_per_shard
+    return [
+        Chunks(stored=whole.stored[i : i + step], crc32c=whole.crc32c[i : i + step])
+        for i in range(0, len(whole.stored), step)
+    ]
 
 
 def intent_bytes(bucket: int, attempt: str) -> bytes:
     """The object's content while `attempt` writes the bucket."""
-    return dump(_head(WRITING, bucket, attempt))
+    return _checked(dump(_head("writing", bucket, attempt)), intent=True)
 
 
 def to_bytes(record: CommitRecord) -> bytes:
     """The object's content."""
-    return dump(
-        {
-            **_head(COMMITTED, record.bucket, record.attempt),
-            "rows": record.rows,
-            "shards": {
-                name: [{"crc32c": "".join(f"{c:08x}" for c in s.crc32c), "chunks": list(s.chunks)} for s in shards]
-                for name, shards in record.shards.items()
-            },
-            "calibration": {site: f"{crc:08x}" for site, crc in record.calibration.items()},
-            "stats": {site: stats.to_json(s) for site, s in record.stats.items()},
-        }
-    )
+    content = {
+        "rows": record.rows,
+        "arrays": {
+            name: {"stored": c.stored.tolist(), "crc32c": c.crc32c.astype(">u4").tobytes().hex()}
+            for name, c in record.arrays.items()
+        },
+        "calibration": {site: f"{crc:08x}" for site, crc in record.calibration.items()},
+        "stats": {site: stats.to_wire(s) for site, s in record.stats.items()},
+        "versions": record.versions,
+    }
+    return _checked(dump({**_head("committed", record.bucket, record.attempt), **content}), intent=False)
+
+
+def _head(state: str, bucket: int, attempt: str) -> dict[str, Any]:
+    assert _ATTEMPT.fullmatch(attempt) and len(attempt) == MARK_BYTES
+    return {"format_version": FORMAT_VERSION, SEAL: UNSEALED, "state": state, "bucket": bucket, "attempt": attempt}
+
+
+def _checked(data: bytes, *, intent: bool) -> bytes:
+    assert (len(data) <= INTENT_BYTES) == intent
+    return data
+
+
+class _WireChunks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    stored: list[Annotated[int, msgspec.Meta(gt=0, lt=1 << 32)]]
+    crc32c: str
+
+
+class _WireIntent(Sealed, frozen=True, tag_field="state", tag="writing"):
+    format_version: int
+    bucket: int
+    attempt: str
+
+
+class _WireRecord(Sealed, frozen=True, tag_field="state", tag="committed"):
+    format_version: int
+    bucket: int
+    attempt: str
+    rows: int
+    arrays: dict[str, _WireChunks]
+    calibration: dict[str, str]
+    stats: dict[str, stats.Wire]
+    versions: dict[str, Annotated[str, msgspec.Meta(max_length=64)]]
 
 
 def from_bytes(data: bytes, spec: StoreSpec, bucket: int) -> CommitRecord | Intent:
     """Parse and check the object against the spec; `StoreError` names it and what is wrong."""
     where = commit_key(bucket)
-    parsed = load_sealed(data, where)
-    state = parsed.get("state") if isinstance(parsed, dict) else None
-    if not isinstance(parsed, dict) or state not in (WRITING, COMMITTED):
-        raise StoreError(f"{where}: not a commit record")
-    if set(parsed) != (_FIELDS if state == COMMITTED else _INTENT_FIELDS):
-        raise StoreError(f"{where}: fields are {sorted(parsed)}, expected {sorted(_FIELDS)}")
+    wire: _WireIntent | _WireRecord = decode(data, cast("Any", _WireIntent | _WireRecord), where)
+    _expect(f"{where}: format_version", wire.format_version, FORMAT_VERSION)
+    _expect(f"{where}: bucket", wire.bucket, bucket)
+    if not _ATTEMPT.fullmatch(wire.attempt):
+        raise StoreError(f"{where}: attempt is {wire.attempt[:60]!r}, expected 16 printable characters")
+    if (len(data) <= INTENT_BYTES) != isinstance(wire, _WireIntent):
+        raise StoreError(f"{where}: has {len(data)} bytes; an intent has at most {INTENT_BYTES}, a record more")
+    if isinstance(wire, _WireIntent):
+        return Intent(bucket=bucket, attempt=wire.attempt)
     first, stop = spec.bucket_range(bucket)
-    expected = {
-        "format_version": FORMAT_VERSION,
-        "bucket": bucket,
-        **({"rows": stop - first} if "rows" in parsed else {}),
-    }
-    for name, value in expected.items():
-        if type(parsed[name]) is not int or parsed[name] != value:
-            raise StoreError(f"{where}: {name} is {parsed[name]!r}, expected {value}")
-    if not is_attempt(parsed["attempt"]):
-        raise StoreError(f"{where}: attempt is {parsed['attempt']!r}, expected a short id")
-    if state == WRITING:
-        return Intent(bucket=bucket, attempt=parsed["attempt"])
+    rows, specs = stop - first, arrays(spec)
     fixed = {name for name, s in spec.sites.items() if s.kind == "fixed"}
-    _expect_names(parsed["shards"], set(arrays(spec)), f"{where}: shards")
-    _expect_names(parsed["calibration"], fixed, f"{where}: calibration")
-    _expect_names(parsed["stats"], set(spec.sites), f"{where}: statistics")
-    sums = {name: stats.from_json(parsed["stats"][name], s.d, f"{where} {name}") for name, s in spec.sites.items()}
+    _expect(f"{where}: rows", wire.rows, rows)
+    _expect(f"{where}: arrays", set(wire.arrays), set(specs))
+    _expect(f"{where}: calibration", set(wire.calibration), fixed)
+    _expect(f"{where}: statistics", set(wire.stats), set(spec.sites))
+    if len(wire.versions) > _MAX_VERSIONS:
+        raise StoreError(f"{where}: names {len(wire.versions)} versions, at most {_MAX_VERSIONS} are allowed")
+    sums = {n: stats.sums_from_wire(wire.stats[n], s.d, f"{where} {n}") for n, s in spec.sites.items()}
     for name, s in sums.items():
-        if s.rows != stop - first:
-            raise StoreError(f"{where} {name}: statistics are of {s.rows} rows, expected {stop - first}")
+        _expect(f"{where} {name}: rows of the statistics", s.rows, rows)
+        if not all(first <= row < stop for row in s.nonfinite_rows):
+            raise StoreError(f"{where} {name}: nonfinite_rows {s.nonfinite_rows} are not in the bucket")
     return CommitRecord(
         bucket=bucket,
-        attempt=parsed["attempt"],
-        rows=stop - first,
-        shards={a.name: _shards(parsed["shards"], a, stop - first, where) for a in arrays(spec).values()},
-        calibration={name: parse_crcs(parsed["calibration"][name], 1, where)[0] for name in sorted(fixed)},
+        attempt=wire.attempt,
+        rows=rows,
+        arrays={
+            name: _chunks(wire.arrays[name], -(-rows // a.chunk_rows), max_stored(a.chunk_bytes), f"{where} {name}")
+            for name, a in specs.items()
+        },
+        calibration={name: int(parse_crcs(wire.calibration[name], 1, where)[0]) for name in sorted(fixed)},
         stats=sums,
+        versions=wire.versions,
     )
 
 
-def is_attempt(text: object) -> bool:
-    """Whether it can be the id of an attempt: a few printable ASCII characters."""
-    return isinstance(text, str) and 0 < len(text) <= MAX_ATTEMPT and text.isascii() and text.isprintable()
+def _expect(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        shown = [sorted(x) if isinstance(x, set) else x for x in (found, expected)]
+        raise StoreError(f"{what} is {str(shown[0])[:200]}, expected {str(shown[1])[:200]}")
 
 
-def _expect_names(found: Any, expected: set[str], what: str) -> None:
-    if not isinstance(found, dict) or set(found) != expected:
-        names = sorted(found) if isinstance(found, dict) else found
-        raise StoreError(f"{what} are of {str(names)[:200]}, expected {sorted(expected)}")
+def _chunks(wire: _WireChunks, count: int, most: int, where: str) -> Chunks:
+    if len(wire.stored) != count or max(wire.stored, default=0) > most:
+        raise StoreError(f"{where}: stored bytes are {str(wire.stored)[:60]}, expected {count} numbers up to {most}")
+    return Chunks(stored=np.array(wire.stored, np.uint32), crc32c=parse_crcs(wire.crc32c, count, where))
 
 
-def parse_crcs(text: Any, count: int, where: str) -> tuple[int, ...]:
+def parse_crcs(text: str, count: int, where: str) -> NDArray[np.uint32]:
     """`count` crc32c, 8 hexadecimal digits each."""
-    if not isinstance(text, str) or not _HEX.fullmatch(text) or len(text) != 8 * count:
-        raise StoreError(f"{where}: crc32c is {str(text)[:60]!r}, expected {8 * count} hexadecimal digits")
-    return tuple(int(text[i : i + 8], 16) for i in range(0, len(text), 8))
-
-
-def _shards(data: Any, array: ArraySpec, rows: int, where: str) -> tuple[ShardRecord, ...]:
-    counts = chunk_counts(array, rows)
-    most = max_stored(array.chunk_bytes)
-    try:
-        found = data[array.name]
-        if len(found) != len(counts):
-            raise ValueError(f"{len(found)} shards, expected {len(counts)}")
-        result: list[ShardRecord] = []
-        for entry, count in zip(found, counts, strict=True):
-            if set(entry) != {"crc32c", "chunks"} or not isinstance(entry["chunks"], list):
-                raise ValueError(f"a shard has fields {str(entry)[:60]}")
-            chunks = tuple(entry["chunks"])
-            if len(chunks) != count or not all(type(c) is int and 0 < c <= most for c in chunks):
-                raise ValueError(f"chunk lengths are {str(chunks)[:60]}, expected {count} from 1 to {most}")
-            result.append(ShardRecord(chunks=chunks, crc32c=parse_crcs(entry["crc32c"], count, where)))
-        return tuple(result)
-    except (TypeError, KeyError, ValueError) as e:
-        raise StoreError(f"{where}: shards of {array.name} are malformed ({e})") from e
+    if not _HEX.fullmatch(text) or len(text) != 8 * count:
+        raise StoreError(f"{where}: crc32c is {text[:60]!r}, expected {8 * count} hexadecimal digits")
+    return np.frombuffer(bytes.fromhex(text), ">u4").astype(np.uint32)

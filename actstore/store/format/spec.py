@@ -5,20 +5,21 @@ follows from it: how many buckets and shards there are, which rows each holds, a
 from untrusted bytes, so every field is checked before it is used.
 """
 
-import json
-import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore import keyed
-from actstore.errors import IntegrityError, StoreError
+from actstore.errors import StoreError
 from actstore.store.format import codec as codecs
 from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
+from actstore.store.format.sealed import MAX_VALUES, SEAL, UNSEALED, Sealed, decode, dump
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "actstore"
@@ -27,17 +28,6 @@ PROVENANCE_ARRAYS = ("sequence", "position", "token_id")
 """Row-aligned int32 arrays beside the sites."""
 EVENTS = "events"
 """Below it lie the logs of the runs that wrote the store; no reader needs them."""
-
-SEAL = "object_crc32c"
-"""Field of sealed JSON objects: crc32c of the object's bytes as they are with UNSEALED in its place."""
-UNSEALED = "00000000"
-
-
-def _seal(value: str) -> bytes:
-    return f'"{SEAL}": "{value}"'.encode()
-
-
-_SEALED = re.compile(rb'"object_crc32c": "([0-9a-f]{8})"')
 
 Kind = Literal["bf16", "f32", "fixed"]
 DTYPES: dict[Kind, np.dtype[Any]] = {"bf16": BFLOAT16, "f32": np.dtype("<f4"), "fixed": np.dtype("<i2")}
@@ -57,16 +47,11 @@ MAX_CHUNK_BYTES = 1 << 28
 """Of a decoded chunk: what a reader may have to allocate for one."""
 MAX_CHUNKS = 1 << 16
 """Of a bucket, hence of a shard: what bounds every index."""
-MAX_INDEX = 1 << 29
-"""Chunks of all arrays of a store: what bounds its manifest, which takes 7 bytes for each."""
-METADATA_LIMIT = 1 << 28
-"""Bytes of a metadata object that a reader will read."""
-MAX_VALUES = 1 << 22
-"""Of a JSON object: what bounds the memory of a parsed one, which takes 20 to 50 times its bytes."""
-MAX_DEPTH = 64
-"""Of lists and objects in a JSON object: what bounds recursion."""
+MAX_INDEX = 1 << 28
+"""Chunks of one array: bounds what a reader of it holds, 8 bytes for each."""
 MAX_EXTENSIONS = 1 << 10
 """Of a store: what bounds the list of its short buckets."""
+MAX_SITES = 1 << 12
 MAX_NAME = 128
 """Characters of a site's name, which file systems must be able to hold."""
 
@@ -96,6 +81,7 @@ class SiteSpec:
 
     def __post_init__(self) -> None:
         """Spell eps in one way, so that equal settings are equal text."""
+        object.__setattr__(self, "d", _whole("d", self.d))
         kind, eps = parse_encoding(self.encoding)
         object.__setattr__(self, "encoding", f"fixed:{eps!r}" if kind == "fixed" else kind)
 
@@ -157,6 +143,10 @@ class StoreSpec:
             sizes[buckets == bucket] = rows
         return sizes
 
+    def chunk_counts(self, buckets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Chunks of an array in each of these buckets."""
+        return -(-self.bucket_sizes(buckets) // self.chunk_rows)
+
     @property
     def planned_rows(self) -> int:
         """Rows of the finished store: what is planned without the gaps behind short buckets."""
@@ -181,9 +171,7 @@ class StoreSpec:
 
 def _check_fields(spec: StoreSpec) -> None:
     for name in ("rows", "bucket_rows", "shard_rows", "chunk_rows", "seed"):
-        value: object = getattr(spec, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}, expected a whole number")
+        object.__setattr__(spec, name, _whole(name, getattr(spec, name)))
     if not -(1 << 63) <= spec.seed < 1 << 63:
         raise ValueError(f"seed is {spec.seed}, expected a 64-bit number")
     if not 0 < spec.rows <= MAX_ROWS:
@@ -196,12 +184,14 @@ def _check_fields(spec: StoreSpec) -> None:
         raise ValueError(f"bucket_rows ({spec.bucket_rows}) must be a multiple of shard_rows ({spec.shard_rows})")
     if spec.bucket_rows // spec.chunk_rows > MAX_CHUNKS:
         raise ValueError(f"a bucket has {spec.bucket_rows // spec.chunk_rows} chunks, at most {MAX_CHUNKS} are allowed")
-    if 2 * (spec.bucket_rows // spec.chunk_rows) * (len(spec.sites) + len(PROVENANCE_ARRAYS)) > MAX_VALUES:
+    if spec.bucket_rows // spec.chunk_rows * (len(spec.sites) + len(PROVENANCE_ARRAYS)) > MAX_VALUES // 2:
         raise ValueError(
-            f"a bucket has too many chunks of {len(spec.sites)} sites for one commit record; "
-            "lower bucket_rows or raise chunk_rows"
+            f"a bucket has too many chunks of {len(spec.sites)} sites for one commit record; lower bucket_rows or "
+            "raise chunk_rows"
         )
     numbers = [b for b, _ in spec.short_buckets]
+    if len(numbers) > MAX_EXTENSIONS:
+        raise ValueError(f"short_buckets has {len(numbers)} entries, at most {MAX_EXTENSIONS} are allowed")
     if numbers != sorted(set(numbers)) or not all(
         0 <= b < spec.buckets - 1 and 0 < rows < spec.bucket_rows for b, rows in spec.short_buckets
     ):
@@ -212,51 +202,84 @@ def _check_fields(spec: StoreSpec) -> None:
         raise ValueError(f"codec is {spec.codec!r}, expected one of {', '.join(codecs.CODECS)}")
     if not spec.sites:
         raise ValueError("a store needs at least one site")
-    chunks = spec.buckets * (spec.bucket_rows // spec.chunk_rows) * (len(spec.sites) + len(PROVENANCE_ARRAYS))
+    chunks = spec.buckets * (spec.bucket_rows // spec.chunk_rows)
     if spec.rows != OPEN_ENDED and chunks > MAX_INDEX:
         raise ValueError(
-            f"{spec.rows} rows of {len(spec.sites)} sites make {chunks} chunks, at most {MAX_INDEX} fit in one store; "
-            "split the sites or rows over several stores, or raise chunk_rows"
+            f"{spec.rows} rows make {chunks} chunks of an array, at most {MAX_INDEX} fit in one store; split the rows "
+            "over several stores, or raise chunk_rows"
         )
+    if len(spec.sites) > MAX_SITES:
+        raise ValueError(f"a store has {len(spec.sites)} sites, at most {MAX_SITES} are allowed")
     for name, site in spec.sites.items():
         if not _SITE_NAME.fullmatch(name) or name in _RESERVED or len(name) > MAX_NAME:
             raise ValueError(f"site name {name[:MAX_NAME]!r} can't be used: expected a name such as resid_post.12")
-        if type(site.d) is not int or not 0 < site.d <= MAX_D:
+        if not 0 < site.d <= MAX_D:
             raise ValueError(f"site {name}: d is {site.d!r}, expected 1 to {MAX_D}")
         raw = spec.chunk_rows * site.d * DTYPES[site.kind].itemsize
         if raw > MAX_CHUNK_BYTES:
             raise ValueError(f"site {name}: a chunk has {raw} bytes, at most {MAX_CHUNK_BYTES}; lower chunk_rows")
 
 
-def spec_from_json(data: Any, where: str) -> StoreSpec:
-    """Parse and check the group's `actstore` attribute; `StoreError` names the field."""
-    if not isinstance(data, dict):
-        raise StoreError(f"{where}: the group has no '{ATTRIBUTE}' attribute, so this is not an activation store")
-    version = data.get("format_version")
-    if version != FORMAT_VERSION:
-        raise StoreError(
-            f"{where}: format version is {version!r}, this actstore reads {FORMAT_VERSION}; update actstore"
-        )
-    fields = {k: v for k, v in data.items() if k not in ("format_version", SEAL)}
-    expected = set(StoreSpec.__dataclass_fields__) - {"short_buckets"}
-    if set(fields) - {"short_buckets"} != expected:
-        raise StoreError(f"{where}: fields are {sorted(fields)}, expected {sorted(expected)}")
+def _whole(name: str, value: object) -> int:
+    """An integer of any kind, numpy's too, as Python's; `ValueError` for others and for booleans."""
     try:
-        sites = {str(name): SiteSpec(**site) for name, site in fields.pop("sites").items()}
-        if not isinstance(fields["provenance"], dict):
-            raise TypeError(f"provenance is {fields['provenance']!r}, expected an object")
-        return StoreSpec(sites=sites, short_buckets=_short_buckets(fields.pop("short_buckets", None)), **fields)
-    except (TypeError, ValueError, AttributeError) as e:
-        raise StoreError(f"{where}: {e}") from e
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError as e:
+        raise ValueError(f"{name} is {value!r}, expected a whole number") from e
 
 
-def _short_buckets(data: Any) -> tuple[tuple[int, int], ...]:
-    if data is None:
-        return ()
-    whole = isinstance(data, list) and 0 < len(data) <= MAX_EXTENSIONS
-    if not whole or not all(isinstance(p, list) and [type(v) for v in p] == [int, int] for p in data):
-        raise ValueError(f"short_buckets is {str(data)[:60]}, expected 1 to {MAX_EXTENSIONS} pairs of bucket and rows")
-    return tuple((bucket, rows) for bucket, rows in data)
+class _WireSite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    d: int
+    encoding: str
+
+
+class WireSpec(Sealed, frozen=True):
+    """The group's `actstore` attribute."""
+
+    format_version: int
+    rows: int
+    bucket_rows: int
+    shard_rows: int
+    chunk_rows: int
+    seed: int
+    codec: str
+    sites: dict[str, _WireSite]
+    provenance: dict[str, Any]
+    short_buckets: list[tuple[int, int]] = []  # noqa: RUF012  msgspec copies it
+
+    def spec(self, where: str) -> StoreSpec:
+        """The spec, checked; `StoreError` names the field."""
+        if self.format_version != FORMAT_VERSION:
+            raise StoreError(f"{where}: format version is {self.format_version}, this actstore reads {FORMAT_VERSION}; "
+                             "update actstore")  # fmt: skip
+        try:
+            return StoreSpec(
+                sites={name: SiteSpec(d=s.d, encoding=s.encoding) for name, s in self.sites.items()},
+                short_buckets=tuple(self.short_buckets),
+                codec=self.codec,  # pyright: ignore[reportArgumentType]  it is checked there
+                **{n: getattr(self, n) for n in ("rows", "bucket_rows", "shard_rows", "chunk_rows", "seed")},
+                provenance=self.provenance,
+            )
+        except ValueError as e:
+            raise StoreError(f"{where}: {e}") from e
+
+
+class _Attributes(msgspec.Struct, frozen=True):
+    actstore: WireSpec | None = None
+
+
+class _Group(msgspec.Struct):
+    attributes: _Attributes = _Attributes()
+
+
+def spec_from_bytes(data: bytes, where: str) -> StoreSpec:
+    """Parse and check the group's `zarr.json`; `StoreError` names the field."""
+    found = decode(data, _Group, where).attributes.actstore
+    if found is None:
+        raise StoreError(f"{where}: the group has no '{ATTRIBUTE}' attribute, so this is not an activation store")
+    return found.spec(where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,62 +382,6 @@ def metadata_objects(spec: StoreSpec) -> dict[str, bytes]:
 def group_metadata(spec: StoreSpec) -> bytes:
     """The group's `zarr.json`."""
     return dump({"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: spec.to_json()}})
-
-
-def dump(data: Any) -> bytes:
-    """JSON as actstore writes it: sorted keys, so that equal content is equal bytes; sealed where it has the field."""
-    return seal(json.dumps(data, indent=1, sort_keys=True, allow_nan=False).encode())
-
-
-def seal(data: bytes) -> bytes:
-    """Put the crc32c of the object in the place of its first UNSEALED field, if it has one."""
-    return data.replace(_seal(UNSEALED), _seal(f"{codecs.crc32c(data):08x}"), 1)
-
-
-def check_seal(data: bytes, where: str) -> bool:
-    """Whether the object is sealed; `IntegrityError` if a byte of it changed since."""
-    found = _SEALED.search(data)
-    if not found:
-        return False
-    crc = codecs.crc32c(UNSEALED.encode(), codecs.crc32c(memoryview(data)[: found.start(1)]))
-    crc = codecs.crc32c(memoryview(data)[found.end(1) :], crc)
-    if f"{crc:08x}" != found[1].decode():
-        raise IntegrityError(f"{where}: does not match its own {SEAL}; the object is damaged")
-    return True
-
-
-def parse_json(data: bytes) -> Any:
-    """The JSON value; `ValueError` too for NaN, infinities, more values or deeper nesting than any store needs."""
-    values = sum(map(data.count, (b",", b"[", b"{")))
-    if values > MAX_VALUES:
-        raise ValueError(f"has {values} values, at most {MAX_VALUES} are allowed")
-    parsed = json.loads(data, parse_constant=_finite, parse_float=_finite)
-    level = [parsed] if isinstance(parsed, (dict, list)) else []
-    for _ in range(MAX_DEPTH):
-        inner = (v for c in level for v in (c.values() if isinstance(c, dict) else c))
-        level = [v for v in inner if isinstance(v, (dict, list))]
-    if level:
-        raise ValueError(f"has values inside more than {MAX_DEPTH} others")
-    return parsed
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no JSON number")
-    return value
-
-
-def load_sealed(data: bytes, where: str) -> Any:
-    """Parse sealed JSON; `IntegrityError` if a byte of it changed, `StoreError` if it was never sealed JSON."""
-    sealed = check_seal(data, where)
-    try:
-        parsed = parse_json(data)
-    except (ValueError, RecursionError) as e:
-        raise StoreError(f"{where}: not JSON ({e})") from e
-    if not sealed:
-        raise IntegrityError(f"{where}: has no readable {SEAL}; it is damaged, or not actstore's")
-    return parsed
 
 
 def comparable(spec: StoreSpec) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Copying a store from one place to another, as it is or in another encoding or codec; the same call continues.
 
-As it is means: identical objects, each chunk checked against its committed crc32c on the way, each bucket committed
-through the protocol of `attempt`, and equal fingerprints at the end. Another codec re-encodes the same elements, so
+As it is means: identical chunks, each checked against its committed crc32c on the way, each bucket committed through
+the protocol of `write/`, and equal fingerprints at the end. Another codec re-encodes the same elements, so
 that values and statistics stay exactly what they were; another encoding decodes and writes values anew. Row order never
 changes. At most `_WORKERS` shards are in memory (another encoding: what `write_bucket` holds, which is as bounded).
 
@@ -20,10 +20,9 @@ import numpy as np
 from actstore.errors import IntegrityError, StoreError
 from actstore.progress import Progress
 from actstore.store.format import codec as codecs
-from actstore.store.format import fixed, manifest, record, shard
+from actstore.store.format import fixed, record, shard
 from actstore.store.format.spec import (
     GROUP_KEY,
-    METADATA_LIMIT,
     OPEN_ENDED,
     PROVENANCE_ARRAYS,
     RAW_DTYPES,
@@ -34,11 +33,13 @@ from actstore.store.format.spec import (
     calibration_key,
 )
 from actstore.store.maintain.move import move_away, moving, remove
+from actstore.store.read.index import read_record, read_spec
 from actstore.store.read.store import Store, open_store
 from actstore.store.read.values import BucketRows, Values
 from actstore.store.storage import LocalStorage, Storage, open_storage
-from actstore.store.write.attempt import Attempt, OvertakenError
+from actstore.store.write import protocol
 from actstore.store.write.bucket import StoreWriter, create_store
+from actstore.store.write.protocol import Attempt, NotWritten
 
 _WORKERS = 4
 """Shards in flight."""
@@ -90,7 +91,7 @@ def copy(
     if (moved := moving(storage)) is not None:
         return _finish_move(storage, destination, moved, began, move=move)
     store = open_store(source)
-    if move and not (store.complete and manifest.read_spec(storage) == store.spec):
+    if move and not (store.complete and read_spec(storage) == store.spec):
         raise StoreError(f"{store.url} is unfinished and may still be written; finish it, or copy it without --move")
     writer = _open_destination(destination, _target(store, encoding, codec))
     buckets, done = _Copy(store, writer, progress).run()
@@ -124,7 +125,7 @@ def _finish_move(storage: Storage, destination: str | Path, moved: str, began: f
         raise StoreError(
             f"{storage.url} is what an interrupted move left of the store {moved}; finish it with the same command"
         )
-    left = remove(storage, copied.spec, moved)
+    left = remove(storage, copied.spec)
     return _summary(copied, began, buckets_copied=0, bytes_copied=0, moved=True, left=left)
 
 
@@ -160,7 +161,7 @@ def _open_destination(url: str | Path, spec: StoreSpec) -> StoreWriter:
     """Create the destination, or continue one that was begun before an open-ended source got its number of rows."""
     storage = open_storage(url)
     if storage.exists(GROUP_KEY):
-        found = manifest.read_spec(storage)
+        found = read_spec(storage)
         if found.rows > spec.rows and replace(found, rows=spec.rows) == spec:
             StoreWriter(storage, found).fix_rows(spec.rows)
     return create_store(url, spec)
@@ -212,8 +213,8 @@ class _Copy:
         """Those of sites that stay in their encoding; of others from the statistics of all rows, not of a sample."""
         for site, made in self.writer.spec.sites.items():
             if made.kind == "fixed" and made != self.source.sites[site] and self.source.rows:
-                sums = manifest.merged_stats(self.source.storage, self.source.index)[site]
-                if np.isfinite(sums.max_abs):  # else the writer names the row
+                sums = self.source.index.stats[site]
+                if not sums.nonfinite:  # else the writer names the row
                     sample = BucketRows(self._values(site), self.source, site, 0)[: fixed.CALIBRATION_ROWS]
                     calibration = fixed.calibrate(sums, made.eps, sample)
                     self.destination.create(calibration_key(site), fixed.to_bytes(calibration))
@@ -229,63 +230,58 @@ class _Copy:
                 raise StoreError(f"{self.destination.url}/{key} is another calibration; copy to an empty place")
 
     def _bucket(self, bucket: int) -> bool:
-        """Copy shards one by one; False if somebody else was at the bucket."""
-        store = self.source
-        data = store.storage.get(record.commit_key(bucket), METADATA_LIMIT)
-        committed = record.from_bytes(data, store.spec, bucket)
-        if not isinstance(committed, record.CommitRecord):
-            raise IntegrityError(
-                f"{store.url}/{record.commit_key(bucket)}: is an intent, but {manifest.MANIFEST_KEY} knows the bucket "
-                "as committed. Find the extent with: actstore verify"
-            )
-        attempt = Attempt.begin(self.destination, self.writer.spec, bucket)
-        if attempt is None:
+        """Copy shards one by one; False if another copy was at the bucket."""
+        committed = read_record(self.source.storage, self.source.spec, bucket)
+        attempt = protocol.run(self.destination, protocol.begin(bucket, protocol.new_id()))
+        if isinstance(attempt, NotWritten):
             return False
-        jobs = [(name, i) for name, shards in committed.shards.items() for i in range(len(shards))]
+        jobs = [
+            (name, i) for name in self.arrays for i in range(len(record.shard_chunks(self.arrays[name], committed)))
+        ]
 
-        def put(job: tuple[str, int]) -> tuple[int, record.ShardRecord]:
-            name, i = job
-            key, pieces, made = self._shard(name, bucket, i, committed.shards[name][i])
-            attempt.put(key, pieces)
-            return sum(committed.shards[name][i].chunks), made
+        def put(job: tuple[str, int]) -> tuple[int, record.Chunks]:
+            key, size, pieces, made = self._shard(*job, committed, attempt)
+            if not protocol.run(self.destination, protocol.put(attempt, key, pieces)):
+                raise _TakenOverError
+            return size, made
 
-        made: dict[str, list[record.ShardRecord]] = {name: [] for name in committed.shards}
+        made: dict[str, list[record.Chunks]] = {name: [] for name in self.arrays}
         try:
             with ThreadPoolExecutor(_WORKERS, thread_name_prefix="actstore-copy") as pool:
                 for (name, _), (size, one) in zip(jobs, pool.map(put, jobs), strict=True):
                     made[name].append(one)
-                    self._advance(size + shard.index_bytes(self.arrays[name].chunks_per_shard))
-        except OvertakenError:
+                    self._advance(size)
+        except _TakenOverError:
             return False
-        if self.writer.spec.codec != store.spec.codec:
-            shards = {name: tuple(found) for name, found in made.items()}
-            data = record.to_bytes(replace(committed, attempt=attempt.id, shards=shards))
-        return attempt.commit(data)
+        chunks = {name: _joined(found) for name, found in made.items()}
+        data = record.to_bytes(replace(committed, attempt=attempt.id, arrays=chunks))
+        return protocol.run(self.destination, protocol.commit(attempt, data))
 
     def _shard(
-        self, name: str, bucket: int, i: int, committed: record.ShardRecord
-    ) -> tuple[str, list[bytes | memoryview], record.ShardRecord]:
-        """Name and pieces of a checked shard in the destination's codec, with what the record says of it."""
+        self, name: str, i: int, committed: record.CommitRecord, attempt: Attempt
+    ) -> tuple[str, int, list[bytes | memoryview], record.Chunks]:
+        """Name, bytes at the source, and pieces of a checked shard in the destination's codec, with its chunks."""
         store, array = self.source, self.source.index.arrays[name].array
-        key = array.shard_key(bucket * store.spec.bucket_rows // array.shard_rows + i)
-        size = sum(committed.chunks) + shard.index_bytes(array.chunks_per_shard)
-        data = store.storage.get_range(key, 0, size)
-        chunks = _checked_chunks(data, committed, array, f"{store.url}/{key}")
-        if self.writer.spec.codec == array.codec:
-            return key, [data], committed
-        pieces = _recode(chunks, committed, array, self.arrays[name], f"{store.url}/{key}")
-        made = record.ShardRecord(
-            chunks=tuple(map(len, pieces)),
-            crc32c=tuple(int.from_bytes(p[-codecs.CRC_BYTES :], "little") for p in pieces),
+        expected = record.shard_chunks(array, committed)[i]
+        key = array.shard_key(committed.bucket * store.spec.bucket_rows // array.shard_rows + i)
+        size = int(expected.stored.sum(dtype=np.int64)) + shard.tail_bytes(array.chunks_per_shard)
+        pieces: list[bytes | memoryview] = []
+        pieces += _checked_chunks(store.storage.get_range(key, 0, size), expected, array, f"{store.url}/{key}")
+        if self.writer.spec.codec != array.codec:
+            pieces = _recode(pieces, expected, array, self.arrays[name], f"{store.url}/{key}")
+        made = record.Chunks(
+            stored=np.array(list(map(len, pieces)), np.uint32),
+            crc32c=np.array([int.from_bytes(p[-codecs.CRC_BYTES :], "little") for p in pieces], np.uint32),
         )
-        return key, [*pieces, shard.footer(made.chunks, array.chunks_per_shard)], made
+        tail = shard.tail(made.stored.tolist(), array.chunks_per_shard, attempt.id)
+        return key, size, [*pieces, tail], made
 
     def _encode(self, place: int, bucket: int) -> bool:
         """Write a bucket's values in other encodings; False if somebody else was at the bucket."""
         rows = {name: BucketRows(self._values(name), self.source, name, place) for name in self.arrays}
         made = self.writer.write_arrays(bucket, rows)
         self._advance(_bucket_bytes(self.source, place))
-        return made is not None
+        return not isinstance(made, NotWritten)
 
     def _values(self, name: str) -> Values:
         if name in PROVENANCE_ARRAYS:
@@ -319,41 +315,43 @@ class _Copy:
                 raise StoreError(f"{self.destination.url}/{key} has {there.get(key)} bytes, expected {size}")
 
 
+def _joined(shards: list[record.Chunks]) -> record.Chunks:
+    stored, crcs = (np.concatenate([getattr(c, name) for c in shards]) for name in ("stored", "crc32c"))
+    return record.Chunks(stored=stored, crc32c=crcs)
+
+
+class _TakenOverError(Exception):
+    """Another copy has taken the bucket over."""
+
+
 def _bucket_bytes(store: Store, place: int) -> int:
     """Stored bytes of a bucket."""
     total = 0
     for a in store.index.arrays.values():
         shards = int(np.count_nonzero(a.chunks[place, :: a.array.chunks_per_shard]))
-        total += int(a.chunks[place].sum(dtype=np.int64)) + shards * shard.index_bytes(a.array.chunks_per_shard)
+        total += int(a.chunks[place].sum(dtype=np.int64)) + shards * shard.tail_bytes(a.array.chunks_per_shard)
     return total
 
 
-def _checked_chunks(
-    data: bytes | memoryview, committed: record.ShardRecord, array: ArraySpec, what: str
-) -> list[memoryview]:
+def _checked_chunks(data: bytes | memoryview, expected: record.Chunks, array: ArraySpec, what: str) -> list[memoryview]:
     """The chunks of a shard, each with the crc32c it was committed with; its index is checked too."""
     view, chunks, offset = memoryview(data), list[memoryview](), 0
-    for length, crc in zip(committed.chunks, committed.crc32c, strict=True):
+    for length, crc in zip(expected.stored.tolist(), expected.crc32c.tolist(), strict=True):
         chunk = view[offset : offset + length]
-        payload, stored = chunk[: -codecs.CRC_BYTES], int.from_bytes(chunk[-codecs.CRC_BYTES :], "little")
-        found = codecs.crc32c(payload)
-        if not found == stored == crc:
-            raise IntegrityError(
-                f"{what} chunk at byte {offset}: crc32c is {found:08x}, the chunk says {stored:08x}, {crc:08x} was "
-                "committed; the stored bytes are damaged. Find the extent with: actstore verify --deep"
-            )
+        where = f"{what} chunk at byte {offset}"
+        codecs.check_crc(chunk[: -codecs.CRC_BYTES], chunk[-codecs.CRC_BYTES :], where, committed=crc)
         chunks.append(chunk)
         offset += length
-    shard.check_footer(bytes(view[offset:]), committed.chunks, array.chunks_per_shard, what)
+    shard.check_tail(bytes(view[offset:]), expected.stored.tolist(), array.chunks_per_shard, what)
     return chunks
 
 
 def _recode(
-    chunks: list[memoryview], committed: record.ShardRecord, old: ArraySpec, new: ArraySpec, what: str
-) -> list[bytes]:
+    chunks: list[bytes | memoryview], expected: record.Chunks, old: ArraySpec, new: ArraySpec, what: str
+) -> list[bytes | memoryview]:
     """The same elements in another codec: each chunk as it is stored."""
-    decoded, pieces, offset = np.empty(old.chunk_bytes, np.uint8), list[bytes](), 0
-    for chunk, crc in zip(chunks, committed.crc32c, strict=True):
+    decoded, pieces, offset = np.empty(old.chunk_bytes, np.uint8), list[bytes | memoryview](), 0
+    for chunk, crc in zip(chunks, expected.crc32c.tolist(), strict=True):
         codecs.decode_into(chunk, old.codec, decoded, f"{what} chunk at byte {offset}", committed=crc)
         elements = codecs.merge(decoded, old.codec, np.dtype(f"<u{old.dtype.itemsize}"))
         pieces.append(codecs.encode(elements, new.codec))

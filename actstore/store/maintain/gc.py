@@ -1,39 +1,41 @@
 """Freeing what dead attempts left behind, without ever touching what is committed or alive.
 
-Garbage is: shards of buckets that nobody committed and nobody has been at for a while, shards beyond the store's rows,
-and, in a directory, old partial files. Only objects with the name of a shard of this store are touched; what has any
-other name is reported and left alone.
+Garbage is: shards of buckets that nobody committed and nobody has been at for a while, tables that no part of the
+manifest names any more, and, in a directory, old partial files. What has a name that is not the store's is reported
+and left alone.
 
-A bucket with leftovers is first taken over, as an attempt would do it: gc puts its own intent at the commit key, by
-compare-and-swap against the intent whose age it judged. From then on the earlier attempt can't commit, however alive it
-is. gc's intent stays; the next attempt takes it over in turn. That attempt may come at any moment, so a leftover is not
-deleted, which no object store does conditionally and which could hit the new attempt's shard: it is replaced, by
-compare-and-swap, by an empty shard of a few hundred bytes, which zarr reads as zeros and the next attempt writes over.
-Shards beyond the rows belong to no bucket, so they and partial files are deleted; partial files never within ten
-minutes of their last byte, because their writer may live. Ages compare this machine's clock with the times that the
-storage states.
+A bucket with leftovers is first taken over, as an attempt would do it, by compare-and-swap against the intent whose age
+was judged (`write/protocol.py`). From then on the earlier attempt can't commit, however alive it is. gc's intent stays;
+the next attempt takes it over in turn. That attempt may come at any moment, so a leftover is not deleted, which no
+object store does conditionally and which could hit the new attempt's shard. It is replaced, by compare-and-swap, by an
+empty shard of a few hundred bytes, which zarr reads as fill values and the next attempt writes over. Tables and partial
+files have names of their own, so they are deleted; partial files never within ten minutes of their last byte, because
+their writer may live. Ages compare this machine's clock with the times that the storage states.
 """
 
 import math
 import re
-import secrets
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from actstore.errors import MissingError
 from actstore.store.format import manifest, record
-from actstore.store.format.shard import footer, index_bytes
-from actstore.store.format.spec import EVENTS, GROUP_KEY, METADATA_LIMIT, ArraySpec, StoreSpec, arrays, calibration_key
-from actstore.store.storage import LocalStorage, Stat, Storage, open_storage
+from actstore.store.format.shard import tail, tail_bytes
+from actstore.store.format.spec import EVENTS, GROUP_KEY, ArraySpec, StoreSpec, arrays, calibration_key
+from actstore.store.read.index import committed, read_head, read_part, read_spec
+from actstore.store.storage import LocalStorage, Storage, open_storage
+from actstore.store.write import protocol
+from actstore.store.write.protocol import Attempt
 
 PARTIAL_NAME = re.compile(r".+\.[0-9a-f]{16}\.partial")
 """What `LocalStorage` calls its partial files; no other file is deleted."""
 _PARTIAL_SECONDS = 600
 _WORKERS = 16
+_PART = re.compile(rf"{manifest.MANIFEST}/[0-9]{{6,}}-[0-9]{{8,}}\.json")
+_TABLE = re.compile(rf"{manifest.MANIFEST}/([^/]+)/[0-9]{{6,}}-[0-9a-f]{{8}}\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +81,17 @@ class Names:
             return None
         return (array, int(number)) if array.shard_key(int(number)) == key else None
 
+    def manifest(self, key: str) -> bool:
+        """Whether the name is that of a part of the manifest, or of a table."""
+        table = _TABLE.fullmatch(key)
+        return bool(_PART.fullmatch(key)) or (table is not None and table[1] in self._arrays)
+
     def other(self, key: str) -> bool:
         """Whether the name is that of any other object of a store: metadata, commits, calibrations, tokens, logs."""
-        if key in (GROUP_KEY, manifest.MANIFEST_KEY) or key.startswith(("tokens/", f"{EVENTS}/")):
+        if key in (GROUP_KEY, manifest.HEAD_KEY) or key.startswith(("tokens/", f"{EVENTS}/")) or self.manifest(key):
             return True
         if key.startswith(f"{record.COMMITS}/"):
-            stem = key.removeprefix(f"{record.COMMITS}/").removesuffix(".json")
-            number = int(stem) if stem.isascii() and stem.isdigit() and len(stem) <= 18 else -1
-            return 0 <= number < self.spec.buckets and record.commit_key(number) == key
+            return record.bucket_of(key) is not None
         owner = key.removeprefix("calibration/").removesuffix(f"/{GROUP_KEY}")
         return any(key == calibration_key(s) for s in self.spec.sites) or (
             key.endswith(f"/{GROUP_KEY}") and owner in self._arrays
@@ -103,29 +108,30 @@ def collect(url: str | Path, *, older_than: float = 24.0, delete: bool = False) 
         raise ValueError(f"older_than is {older_than}, expected a number of hours, 0 or more")
     storage = open_storage(url)
     report = Report(deleted=delete)
-    index = manifest.load_current(storage)
+    spec, head = read_spec(storage), read_head(storage)
     before = time.time() - 3600 * older_than
-    committed, names = set(index.buckets.tolist()), Names(index.spec)
+    exist, names = set(committed(storage, spec).tolist()), Names(spec)
+    if head is not None:  # also where their records are damaged
+        exist |= set(range(head.spec.buckets))
     leftovers: dict[int, dict[str, int]] = defaultdict(dict)
-    beyond: dict[str, int] = {}
+    tables: dict[str, int] = {}
     for key, size in storage.list("").items():
         found = names.shard(key)
-        if found is None:
-            if not names.other(key):
-                report.unknown[key] = size
-            continue
-        array, number = found
-        first_row = number * array.shard_rows
-        if first_row >= index.spec.rows:
-            beyond[key] = size
-        elif first_row // index.spec.bucket_rows not in committed and size != index_bytes(array.chunks_per_shard):
-            leftovers[first_row // index.spec.bucket_rows][key] = size
+        if found is not None:
+            array, number = found
+            bucket = number * array.shard_rows // spec.bucket_rows
+            if bucket not in exist and size != tail_bytes(array.chunks_per_shard):
+                leftovers[bucket][key] = size
+        elif names.manifest(key):
+            tables[key] = size
+        elif not names.other(key):
+            report.unknown[key] = size
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="actstore-gc") as pool:
         made = [_Bucket(storage, names, bucket, shards) for bucket, shards in sorted(leftovers.items())]
         for garbage, kept in pool.map(lambda b: b.collect(before, delete=delete), made):
             report.garbage += garbage
             report.kept += kept
-    report.garbage += _beyond(storage, beyond, before, delete=delete)
+    report.garbage += _old_tables(storage, spec, head, tables, before, delete=delete)
     if isinstance(storage, LocalStorage):
         _partials(storage, report, before)
     return report
@@ -142,71 +148,61 @@ class _Bucket:
 
     def collect(self, before: float, *, delete: bool) -> tuple[list[Garbage], list[str]]:
         """What to free here, freed if `delete`, and the reason if something stays."""
-        key = record.commit_key(self.bucket)
-        seen = self.storage.stat(key)  # before the content whose age it stands for
-        present = self._present()
-        if isinstance(present, record.CommitRecord):
+        seen = self.storage.stat(record.commit_key(self.bucket))
+        if seen is not None and seen.size > record.INTENT_BYTES:
             return [], [f"bucket {self.bucket} was committed just now"]
+        if seen is not None:  # a damaged object is no intent: it may have been a record
+            data = self.storage.get(record.commit_key(self.bucket), record.INTENT_BYTES)
+            record.from_bytes(data, self.names.spec, self.bucket)
         newest = seen.modified if seen else self._newest_shard()
         if newest > before:
             return [], [f"bucket {self.bucket} was worked on {max(time.time() - newest, 0) / 3600:.2f} hours ago"]
-        why = f"of bucket {self.bucket}, which nobody committed"
+        beyond = self.bucket >= self.names.spec.buckets
+        why = "beyond the store's rows" if beyond else f"of bucket {self.bucket}, which nobody committed"
         garbage = [Garbage(key=k, size=size, why=why) for k, size in self.shards.items()]
         if not delete:
             return garbage, []
-        intent = self._take_over(seen)
-        if intent is None:
-            return [], [f"bucket {self.bucket} is being written"]
+        steps = protocol.take_over(self.bucket, protocol.new_id("gc-"), seen.version if seen else None)
+        attempt = protocol.run(self.storage, steps)
         for i, g in enumerate(garbage):
-            if not self._empty(g.key, intent):
+            if not (isinstance(attempt, Attempt) and self._empty(g.key, attempt)):
                 return garbage[:i], [f"bucket {self.bucket} is being written"]
         return garbage, []
-
-    def _present(self) -> record.CommitRecord | record.Intent | None:
-        try:
-            data = self.storage.get(record.commit_key(self.bucket), METADATA_LIMIT)
-        except MissingError:
-            return None
-        return record.from_bytes(data, self.names.spec, self.bucket)
 
     def _newest_shard(self) -> float:
         found = [self.storage.stat(key) for key in self.shards]
         return max((s.modified for s in found if s), default=0.0)
 
-    def _take_over(self, seen: Stat | None) -> bytes | None:
-        """gc's own intent in the place of what was seen; None if something else is there by now."""
-        key = record.commit_key(self.bucket)
-        intent = record.intent_bytes(self.bucket, f"gc-{secrets.token_hex(8)}")
-        swapped = self.storage.replace(key, intent, seen.version) if seen else self.storage.create(key, intent)
-        return intent if swapped and self._holds(intent) else None
-
-    def _holds(self, intent: bytes) -> bool:
-        try:
-            return self.storage.get(record.commit_key(self.bucket), METADATA_LIMIT) == intent
-        except MissingError:
-            return False
-
-    def _empty(self, key: str, intent: bytes) -> bool:
+    def _empty(self, key: str, attempt: Attempt) -> bool:
         """Replace a leftover by an empty shard; False if another attempt is at the bucket."""
         found = self.names.shard(key)
         assert found
-        # in this order, as in Attempt.put: what was there while the intent was ours is what may be replaced
-        seen = self.storage.stat(key)
-        if not self._holds(intent):
-            return False
-        return seen is None or self.storage.replace(key, footer((), found[0].chunks_per_shard), seen.version)
+        empty = tail((), found[0].chunks_per_shard, attempt.id)
+        return protocol.run(self.storage, protocol.put_over(attempt, key, empty)) is True
 
 
-def _beyond(storage: Storage, shards: Mapping[str, int], before: float, *, delete: bool) -> list[Garbage]:
-    """Old shards that lie beyond the store's rows, as a larger plan leaves them."""
-    garbage: list[Garbage] = []
-    for key, size in shards.items():
-        seen = storage.stat(key)
-        if seen and seen.modified <= before:
-            garbage.append(Garbage(key=key, size=size, why="beyond the store's rows"))
+def _old_tables(
+    storage: Storage,
+    spec: StoreSpec,
+    head: manifest.Head | None,
+    objects: Mapping[str, int],
+    before: float,
+    *,
+    delete: bool,
+) -> Iterator[Garbage]:
+    """Parts and tables of the manifest that neither the head nor a part of the store as it is names."""
+    used: set[str] = set()
+    for name, crcs in head.tables.items() if head else ():
+        used |= {manifest.table_key(name, number, crc) for number, crc in enumerate(crcs)}
+    for number in range(manifest.num_parts(spec) if objects else 0):
+        if (key := manifest.part_key(spec, number)) in objects and (part := read_part(storage, spec, number)):
+            used |= {key, *(manifest.table_key(n, number, crc) for n, crc in part.tables.items())}
+    for key in objects.keys() - used:
+        old = storage.stat(key)
+        if old is not None and old.modified <= before:
+            yield Garbage(key=key, size=objects[key], why="a table that no manifest names")
             if delete:
                 storage.delete(key)
-    return garbage
 
 
 def _partials(storage: LocalStorage, report: Report, before: float) -> None:

@@ -15,16 +15,20 @@ from numpy.typing import NDArray
 
 from actstore.errors import StoreError
 from actstore.store.format import encoder, manifest, record
-from actstore.store.format.spec import METADATA_LIMIT, StoreSpec, arrays, metadata_objects
+from actstore.store.format.sealed import METADATA_LIMIT
+from actstore.store.format.spec import StoreSpec, arrays, metadata_objects
 from actstore.store.maintain.gc import Names
 from actstore.store.maintain.verify import Damage
 from actstore.store.storage import Storage
+from actstore.store.write import protocol
 from actstore.store.write.bucket import StoreWriter
+from actstore.store.write.extend import write_metadata
+from actstore.store.write.protocol import Attempt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condemned:
-    """Damage, sorted by what it takes to mend it."""
+    """Damage, sorted by what it takes to repair it."""
 
     buckets: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
     """Damaged objects of each bucket that must be captured again."""
@@ -36,7 +40,7 @@ class Condemned:
 
 def condemned(spec: StoreSpec, damage: list[Damage]) -> Condemned:
     """Sort what `verify` found."""
-    found, names, derived = Condemned(), Names(spec), {manifest.MANIFEST_KEY, *metadata_objects(spec)}
+    found, names, derived = Condemned(), Names(spec), {manifest.HEAD_KEY, *metadata_objects(spec)}
     for d in damage:
         shard = names.shard(d.key)
         if shard is not None:
@@ -44,44 +48,58 @@ def condemned(spec: StoreSpec, damage: list[Damage]) -> Condemned:
             found.buckets.setdefault(number * array.shard_rows // spec.bucket_rows, []).append(d.key)
         elif d.key.startswith(f"{record.COMMITS}/") and names.other(d.key):
             found.buckets.setdefault(int(d.key.removeprefix(f"{record.COMMITS}/")[:-5]), []).append(d.key)
-        elif d.key in derived:
+        elif d.key in derived or names.manifest(d.key):
             found.derived.append(d.key)
         else:
             found.lost.append(d)
     return found
 
 
-def mend_metadata(storage: Storage, spec: StoreSpec, keys: list[str]) -> None:
-    """Put the array metadata among `keys` anew."""
-    objects = metadata_objects(spec)
+def restore_derived(storage: Storage, keys: list[str]) -> None:
+    """Write damaged array metadata anew, and delete damaged parts of the manifest, which finalising makes again."""
     for key in keys:
-        if key in objects:
-            storage.put(key, objects[key])
+        if key.startswith(manifest.MANIFEST):
+            storage.delete(key)
+    write_metadata(storage)
 
 
-def mend_bucket(writer: StoreWriter, bucket: int, data: Mapping[str, NDArray[Any]], keys: tuple[str, ...]) -> bool:
+def commit_version(storage: Storage, bucket: int) -> str | None:
+    """The version of a bucket's commit object, None if it is missing: what a repair of it may replace."""
+    seen = storage.stat(record.commit_key(bucket))
+    return seen.version if seen else None
+
+
+def replace_shards(
+    writer: StoreWriter, bucket: int, data: Mapping[str, NDArray[Any]], keys: tuple[str, ...], version: str | None
+) -> bool:
     """Put the damaged shards `keys` of a committed bucket again, given all its rows in stored order, by array.
 
-    False, and nothing was put, if a shard is not what its commit record says, or that is damaged too.
+    False, and nothing was put, if a shard is not what its commit record says, or the record is damaged or has another
+    version by now. As in the commit protocol, a shard replaces only what was there while the record was.
     """
+    storage, key = writer.storage, record.commit_key(bucket)
     shards = [(a, k) for k in keys for a in arrays(writer.spec).values() if k.startswith(f"{a.name}/c/")]
-    if len(shards) < len(keys):
+    if len(shards) < len(keys) or version is None or commit_version(storage, bucket) != version:
         return False
     try:
-        seen = record.from_bytes(writer.storage.get(record.commit_key(bucket), METADATA_LIMIT), writer.spec, bucket)
+        content = storage.get(key, METADATA_LIMIT)
+        seen = record.from_bytes(content, writer.spec, bucket)
     except StoreError:
         return False
     if not isinstance(seen, record.CommitRecord):
         return False
+    holder = Attempt(bucket, protocol.new_id(), version, content)
     first, _ = writer.spec.bucket_range(bucket)
     buffer = np.empty(max(encoder.buffer_bytes(a) for a, _ in shards), np.uint8)
     for put in (False, True):
-        for array, key in shards:
-            within = int(key.split("/")[2]) - first // array.shard_rows
+        for array, name in shards:
+            within = int(name.split("/")[2]) - first // array.shard_rows
             start = within * array.shard_rows
-            made = writer.encode(array, data[array.name][start : start + array.shard_rows], bucket, start, buffer)
-            if made.shard != seen.shards[array.name][within]:
+            rows = data[array.name][start : start + array.shard_rows]
+            made = writer.encode(array, rows, bucket, start, buffer, holder.id)
+            expected = record.shard_chunks(array, seen)[within]
+            if (made.lengths, made.crc32c) != (expected.stored.tolist(), expected.crc32c.tolist()):
                 return False
-            if put:
-                writer.storage.put(key, [buffer[: made.size].data])
+            if put and not protocol.run(storage, protocol.put(holder, name, [buffer[: made.size].data])):
+                return False
     return True

@@ -1,14 +1,13 @@
 """Reading a store: what it holds, where each chunk lies, and its arrays through zarr.
 
 Only committed buckets exist here. `stream/` reads chunks through `Index.locate`; `store[name]` is a zarr array for
-everything else (uncommitted buckets read as zeros there: that is zarr's rule for missing chunks). Its chunks come from
-`read_chunk`, because zarr alone reads a lost shard as zeros, and takes an intact chunk in the wrong place.
+everything else. Its chunks come from `read_chunk`, because zarr alone reads a lost shard as zeros, and takes an intact
+chunk in the wrong place. Places behind a short bucket hold no row: they read as NaN, -1 or `GAP_CODE`, never as zero. A
+chunk of a bucket that is not committed raises `StoreError`.
 """
 
 import asyncio
-import hashlib
 import os
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import MemoryStore, WrapperStore
 
 from actstore.errors import IntegrityError, StoreError
-from actstore.store.format import codec, fixed, manifest
+from actstore.store.format import codec, fixed
+from actstore.store.format.sealed import dump
 from actstore.store.format.spec import (
     BITS,
     GROUP_KEY,
@@ -27,10 +27,9 @@ from actstore.store.format.spec import (
     SiteSpec,
     StoreSpec,
     calibration_key,
-    dump,
-    metadata_objects,
 )
-from actstore.store.format.stats import SiteStats, Sums, summarise
+from actstore.store.format.stats import SiteStats, summarise
+from actstore.store.read.index import load
 from actstore.store.storage import Storage, open_storage
 
 
@@ -40,7 +39,7 @@ class Store:
     def __init__(self, storage: Storage) -> None:
         """Read the index of committed buckets: one GET if the store is finished."""
         self.storage = storage
-        self.index = manifest.load(storage)
+        self.index = load(storage)
         self.spec: StoreSpec = self.index.spec
 
     @property
@@ -61,7 +60,7 @@ class Store:
     @property
     def rows(self) -> int:
         """Committed rows."""
-        return int(self.spec.bucket_sizes(self.index.buckets).sum())
+        return self.index.rows
 
     @property
     def complete(self) -> bool:
@@ -78,15 +77,10 @@ class Store:
         """Bytes of the sites' committed activations before compression: float32 for `f32` sites, else bfloat16."""
         return self.rows * sum(s.d * (4 if s.kind == "f32" else 2) for s in self.sites.values())
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of the spec and of the crc32c of every committed chunk: equal content, equal fingerprint."""
-        h = hashlib.blake2b(dump(self.spec.to_json()), digest_size=16)
-        h.update(self.index.buckets.astype("<i8").tobytes())
-        for name in sorted(self.index.arrays):
-            h.update(self.index.arrays[name].crc32c.astype("<u4", copy=False).data)
-        h.update(np.array([crc for _, crc in sorted(self.index.calibration.items())], "<u4").tobytes())
-        return h.hexdigest()
+        return self.index.fingerprint
 
     def stats(self, site: str) -> SiteStats:
         """Statistics of a site over all committed rows."""
@@ -95,11 +89,7 @@ class Store:
             raise StoreError(
                 f"{self.url} has no committed bucket yet, so it has no statistics; let a capture finish one"
             )
-        return summarise(self._sums[site])
-
-    @cached_property
-    def _sums(self) -> dict[str, Sums]:
-        return manifest.merged_stats(self.storage, self.index)
+        return summarise(self.index.stats[site])
 
     def calibration(self, site: str) -> fixed.Calibration:
         """Steps and offsets of a `fixed` site; `IntegrityError` unless they are what the buckets were written with."""
@@ -141,27 +131,42 @@ class Store:
         return codec.merge(decoded, array.codec, dtype).reshape(array.chunk_rows, *array.shape[1:])
 
     def chunk_at(self, name: str, number: int) -> NDArray[Any] | None:
-        """Chunk `number` of the array, counted over all buckets, whole; None where nothing is committed."""
+        """Chunk `number` of the array, counted over all buckets, whole; None behind the rows of a short bucket."""
         bucket, chunk = divmod(number, self.spec.bucket_rows // self.spec.chunk_rows)
+        first, stop = self.spec.bucket_range(bucket)
+        rows = stop - first - chunk * self.spec.chunk_rows
+        if rows <= 0:
+            return None
         place = self.index.place(bucket)
         if place is None:
-            return None
-        first, stop = self.spec.bucket_range(bucket)
-        if chunk * self.spec.chunk_rows >= stop - first:
-            return None
-        return self._whole_chunk(name, place, chunk)
+            raise StoreError(
+                f"{self.url}: rows {first} to {stop - 1} (bucket {bucket}) are not committed, so {name} can't be read "
+                f"there; the store is unfinished, it has {self.rows} rows"
+            )
+        found = self._whole_chunk(name, place, chunk)
+        found[rows:] = self.gap(name)[0]
+        return found
+
+    def gap(self, name: str) -> tuple[Any, Any]:
+        """What stands for no row in decoded chunks of an array, and as zarr's fill value."""
+        return _GAPS[self.sites[name].kind] if name in self.sites else (NO_ROW, NO_ROW)
 
     def __getitem__(self, name: str) -> zarr.Array[Any]:
         """A site, or `sequence`, `position`, `token_id`, as a zarr array; a damaged chunk raises `IntegrityError`."""
         if name not in (*self.sites, *PROVENANCE_ARRAYS):
             self.check_site(name)
-        key = f"{name}/{GROUP_KEY}"
-        if self.storage.get(key, 1 << 20) != metadata_objects(self.spec)[key]:
-            raise IntegrityError(f"{self.url}/{key}: is not the array metadata that the store's spec asks for")
-        return zarr.open_array(Chunks(self, name), mode="r")
+        return zarr.open_array(DecodedChunks(self, name), mode="r")
 
 
-class Chunks(WrapperStore[MemoryStore]):
+NO_ROW = -1
+"""What `sequence`, `position` and `token_id` read as where there is no row."""
+GAP_CODE = -(1 << 15)
+"""What a `fixed` site's codes read as where there is no row."""
+_GAPS: dict[Any, tuple[Any, Any]] = {"bf16": (0x7FC0, "NaN"), "f32": (np.nan, "NaN"), "fixed": (GAP_CODE, GAP_CODE)}
+"""By encoding: what stands for no row in decoded chunks, and as zarr's fill value."""
+
+
+class DecodedChunks(WrapperStore[MemoryStore]):
     """What zarr reads of one array: metadata of unsharded, plain chunks, and chunks as `Store` checks and decodes."""
 
     def __init__(self, store: Store, name: str) -> None:
@@ -169,13 +174,14 @@ class Chunks(WrapperStore[MemoryStore]):
         array = store.index.arrays[name].array
         grid = {"name": "regular", "configuration": {"chunk_shape": [array.chunk_rows, *array.shape[1:]]}}
         plain = [{"name": "bytes", "configuration": {"endian": "little"}}]
-        metadata = dump({**array.metadata(), "chunk_grid": grid, "codecs": plain})
+        fill = store.gap(name)[1]
+        metadata = dump({**array.metadata(), "chunk_grid": grid, "codecs": plain, "fill_value": fill})
         super().__init__(MemoryStore({GROUP_KEY: cpu.Buffer.from_bytes(metadata)}, read_only=True))
         self.store, self.name = store, name
 
     def __eq__(self, value: object) -> bool:
         """Whether it is the same array of the same store."""
-        return isinstance(value, Chunks) and (value.store.url, value.name) == (self.store.url, self.name)
+        return isinstance(value, DecodedChunks) and (value.store.url, value.name) == (self.store.url, self.name)
 
     def __hash__(self) -> int:
         """Of what `__eq__` compares."""
@@ -190,7 +196,7 @@ class Chunks(WrapperStore[MemoryStore]):
         return _reopen, (self.store.url, self.name)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """The metadata or a whole chunk; None for a chunk of an uncommitted bucket."""
+        """The metadata or a whole chunk; None for a chunk that holds no row."""
         if not key.startswith("c/"):
             return await super().get(key, prototype, byte_range)
         if byte_range is not None:
@@ -199,8 +205,8 @@ class Chunks(WrapperStore[MemoryStore]):
         return None if rows is None else prototype.buffer.from_bytes(rows.tobytes())
 
 
-def _reopen(url: str, name: str) -> Chunks:
-    return Chunks(open_store(url), name)
+def _reopen(url: str, name: str) -> DecodedChunks:
+    return DecodedChunks(open_store(url), name)
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:

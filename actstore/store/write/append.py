@@ -13,6 +13,7 @@ two buckets, `2 * bucket_rows * sum(d) * itemsize` bytes (2 for bf16, 4 for f32)
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -22,10 +23,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import StoreError
+from actstore.errors import ActstoreWarning, StoreError
 from actstore.store.format import codec as codecs
 from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
-from actstore.store.format.manifest import read_spec
 from actstore.store.format.spec import (
     BITS,
     FLOATS,
@@ -35,8 +35,10 @@ from actstore.store.format.spec import (
     SiteSpec,
     StoreSpec,
 )
+from actstore.store.read.index import read_spec
 from actstore.store.storage import open_storage
-from actstore.store.write.bucket import StoreWriter, create_store
+from actstore.store.write.bucket import StoreWriter, create_store, remarks
+from actstore.store.write.protocol import NotWritten
 
 NO_PROVENANCE = -1
 """Stored for `token_id`, `sequence` or `position` where none was given."""
@@ -316,7 +318,14 @@ class ActivationWriter:
         bucket, written = self._flight
         wait([written])
         self._flight = None
-        written.result()
+        made = written.result()
+        if isinstance(made, NotWritten):
+            raise StoreError(
+                f"{self._writer.url}: bucket {bucket.number} was {made.value} by another writer, so the rows given "
+                "here are not in the store; let one writer at a time append to it, or give each a part of its own"
+            )
+        for line in remarks(made):
+            warnings.warn(f"{self._writer.url}: {line}", ActstoreWarning, stacklevel=3)
         self._committed.add(bucket.number)
         self._spare = bucket.arrays
 

@@ -1,10 +1,11 @@
-"""Writing a store: create it, write buckets, finalise.
+"""Writing buckets: encode the shards in threads, put them, commit.
 
-Any number of writers may work on one store without talking to each other. An attempt at a bucket begins by putting its
-intent at the bucket's commit key, writes the shards under their final names, and commits by replacing its intent with
-the record. Shards are put create-only, or over exactly the leftover that was there while the intent was still this
-attempt's. So an attempt that was overtaken can neither commit nor change a shard any more, whenever it wakes up
-(`docs/decisions/0005-commit.md` has the argument). Encoding and putting overlap in threads.
+Any number of writers may work on one store without talking to each other; `write/protocol.py` says how. Encoding and
+putting overlap in threads.
+
+A `fixed` site is calibrated on the first bucket that is written, so later values may lie outside its codes. They are
+clipped and counted. A bucket whose clipping alone adds more FVU than the encoding promised is refused before it is
+committed: below that the added FVU stays under twice what was asked for, above it the store would not be what it says.
 """
 
 import os
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from actstore import keyed
 from actstore.errors import EncodingError, mismatch
-from actstore.store.format import encoder, fixed, manifest, record, stats
+from actstore.store.format import encoder, fixed, record, stats
 from actstore.store.format.spec import (
     GROUP_KEY,
     PROVENANCE_ARRAYS,
@@ -35,9 +36,12 @@ from actstore.store.format.spec import (
     group_metadata,
     metadata_objects,
 )
+from actstore.store.read.index import committed, read_spec
 from actstore.store.storage import LocalStorage, Storage, check_conditional_writes, open_storage
-from actstore.store.write.attempt import Attempt, OvertakenError
-from actstore.store.write.extend import change_spec
+from actstore.store.write import protocol
+from actstore.store.write.extend import change_spec, write_metadata
+from actstore.store.write.finalise import finalise
+from actstore.store.write.protocol import Attempt, NotWritten
 
 LOCAL_PUTS, REMOTE_PUTS = 2, 8
 """Shards that are being put while others are encoded; each has a buffer of its own."""
@@ -72,8 +76,19 @@ class Rows(Protocol):
 class StoreWriter:
     """Writes buckets of one store; make it with `create_store` or `open_writer`."""
 
-    def __init__(self, storage: Storage, spec: StoreSpec, *, threads: int | None = None) -> None:
-        """Write to `storage` as `spec` says, encoding in `threads` threads (default: one a core)."""
+    def __init__(
+        self,
+        storage: Storage,
+        spec: StoreSpec,
+        *,
+        threads: int | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write to `storage` as `spec` says, encoding in `threads` threads (default: one for each core).
+
+        Every commit record keeps `versions`, those of the libraries that computed the rows.
+        """
+        self.versions = dict(versions or {})
         self.storage = storage
         self.spec = spec
         self.threads = threads or os.cpu_count() or 1
@@ -100,45 +115,63 @@ class StoreWriter:
         return self.spec.permutation(bucket)
 
     def committed(self) -> set[int]:
-        """Buckets that are committed now."""
-        return set(manifest.load_current(self.storage).buckets.tolist())
+        """Buckets that are committed now; one listing."""
+        return set(committed(self.storage, self.spec).tolist())
 
-    def write_bucket(
-        self, bucket: int, sites: Mapping[str, Rows], *, sequence: Rows, position: Rows, token_id: Rows
-    ) -> record.CommitRecord | None:
-        """`write_arrays` of sites and provenance."""
-        data = {**sites, "sequence": sequence, "position": position, "token_id": token_id}
-        return self.write_arrays(bucket, data)
+    def is_committed(self, bucket: int) -> bool:
+        """Whether a bucket is committed now; one request."""
+        seen = self.storage.stat(record.commit_key(bucket))
+        return seen is not None and seen.size > record.INTENT_BYTES
 
     def write_arrays(
-        self, bucket: int, data: Mapping[str, Rows], *, condemned: bool = False, times: WriteTimes | None = None
-    ) -> record.CommitRecord | None:
-        """Store a bucket and commit it.
+        self, bucket: int, data: Mapping[str, Rows], *, condemned: str | None = None, times: WriteTimes | None = None
+    ) -> record.CommitRecord | NotWritten:
+        """Store a bucket and commit it; returns its record, or why it was not committed.
 
         Every array is in stored order (see `permutation`): sites are [n, d], as bfloat16 bits (uint16) for `bf16`,
-        float32 for `f32`, either for `fixed`; provenance is int32 [n]. Returns the record, or None if another attempt
-        committed the bucket first or took it over. A `condemned` bucket is written again although it is committed.
-        `times` is added to. `EncodingError` names the row whose value has no code.
+        float32 for `f32`, either for `fixed`; `sequence`, `position` and `token_id` are int32 [n]. `times` is added to.
+
+        A committed bucket is written again if its commit object still has the version `condemned`. Raises
+        `EncodingError` for a value that has no code, and for values that `fixed` would clip beyond what it promises.
         """
         first, stop = self.spec.bucket_range(bucket)
         self._check(data, stop - first)
-        attempt = Attempt.begin(self.storage, self.spec, bucket, condemned=condemned)
-        if attempt is None:
-            return None
+        steps = (
+            protocol.begin(bucket, protocol.new_id())
+            if condemned is None
+            else protocol.take_over(bucket, protocol.new_id(), condemned)
+        )
+        attempt = protocol.run(self.storage, steps)
+        if isinstance(attempt, NotWritten):
+            return attempt
         calibrations = {name: self._calibration(name, bucket, data[name]) for name in self._fixed_sites()}
         try:
-            shards, sums = self._write_shards(bucket, data, attempt, times or WriteTimes())
-        except OvertakenError:
-            return None
+            chunks, sums = self._write_shards(bucket, data, attempt, times or WriteTimes())
+        except _TakenOverError:
+            return NotWritten.TAKEN_OVER
+        self._check_clipping(bucket, sums)
         made = record.CommitRecord(
             bucket=bucket,
             attempt=attempt.id,
             rows=stop - first,
-            shards=shards,
+            arrays=chunks,
             calibration={name: fixed.digest(fixed.to_bytes(c)) for name, c in calibrations.items()},
             stats=sums,
+            versions=self.versions,
         )
-        return made if attempt.commit(record.to_bytes(made)) else None
+        done = protocol.run(self.storage, protocol.commit(attempt, record.to_bytes(made)))
+        return made if done else NotWritten.TAKEN_OVER
+
+    def _check_clipping(self, bucket: int, sums: Mapping[str, stats.Sums]) -> None:
+        for site in self._fixed_sites():
+            added, eps = sums[site].clipped_fvu(), self.spec.sites[site].eps
+            if added > eps:
+                raise EncodingError(
+                    f"bucket {bucket} of {site}: {sums[site].saturated} values lie outside the range of "
+                    f"{self.spec.sites[site].encoding}, which the first bucket set; clipping them would add an FVU of "
+                    f"{added:.2g}. Use bf16, a larger EPS or larger buckets; or store bf16 and re-encode the store "
+                    "with actstore cp, which takes the range of all rows"
+                )
 
     def _check(self, data: Mapping[str, Rows], rows: int) -> None:
         if set(data) != set(self._arrays):
@@ -152,7 +185,7 @@ class StoreWriter:
 
     def _write_shards(
         self, bucket: int, data: Mapping[str, Rows], attempt: Attempt, times: WriteTimes
-    ) -> tuple[dict[str, tuple[record.ShardRecord, ...]], dict[str, stats.Sums]]:
+    ) -> tuple[dict[str, record.Chunks], dict[str, stats.Sums]]:
         """Encode in `threads` threads, put in others; what is encoded but not yet put is bounded."""
         first, stop = self.spec.bucket_range(bucket)
         buffers, failed = self._buffers, threading.Event()
@@ -163,7 +196,8 @@ class StoreWriter:
         def put(key: str, buffer: NDArray[np.uint8], size: int) -> float:
             began = time.perf_counter()
             try:
-                attempt.put(key, [buffer[:size].data])
+                if not protocol.run(self.storage, protocol.put(attempt, key, [buffer[:size].data])):
+                    raise _TakenOverError
                 return time.perf_counter() - began
             except BaseException:
                 failed.set()
@@ -175,7 +209,7 @@ class StoreWriter:
             began = time.perf_counter()
             try:
                 rows = data[array.name][start : start + array.shard_rows]
-                made = self.encode(array, rows, bucket, start, buffer)
+                made = self.encode(array, rows, bucket, start, buffer, attempt.id)
                 encoding.append(time.perf_counter() - began)
             except BaseException:
                 failed.set()
@@ -196,8 +230,19 @@ class StoreWriter:
             done = {name: [job.result() for job in found] for name, found in jobs.items()}
         times.put_s += sum(finished.result() for finished in puts)
         times.encode_s += sum(encoding)
-        shards = {name: tuple(e.shard for e in found) for name, found in done.items()}
-        return shards, {s: reduce(stats.add, [e.sums for e in done[s] if e.sums]) for s in self.spec.sites}
+        chunks = {name: encoder.chunks(found) for name, found in done.items()}
+        return chunks, {s: self._sums(bucket, [e.sums for e in done[s] if e.sums]) for s in self.spec.sites}
+
+    def _sums(self, bucket: int, parts: list[stats.Sums]) -> stats.Sums:
+        """A site's sums over a bucket, from those of its shards in order; rows are named by their row number."""
+        found = reduce(stats.add, parts)
+        rows = self._row_numbers(bucket, np.array(found.nonfinite_rows, np.int64))
+        return replace(found, nonfinite_rows=tuple(sorted(rows.tolist())))
+
+    def _row_numbers(self, bucket: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers of stored places of a bucket."""
+        first, stop = self.spec.bucket_range(bucket)
+        return first + keyed.invert(places, stop - first, keyed.key(self.spec.seed, "bucket", bucket))
 
     @cached_property
     def _buffers(self) -> "queue.SimpleQueue[NDArray[np.uint8]]":
@@ -209,22 +254,20 @@ class StoreWriter:
         return free
 
     def encode(
-        self, array: ArraySpec, rows: NDArray[Any], bucket: int, start: int, out: NDArray[np.uint8]
+        self, array: ArraySpec, rows: NDArray[Any], bucket: int, start: int, out: NDArray[np.uint8], attempt: str
     ) -> encoder.Encoded:
         """One shard of a bucket: rows from place `start` of it to the start of `out`, see `encode_shard`."""
         try:
             if array.name in PROVENANCE_ARRAYS:
-                return encoder.encode_shard(array, rows, out)
+                return encoder.encode_shard(array, rows, out, attempt)
             site = self.spec.sites[array.name]
             calibration = self._calibration(array.name, bucket, rows) if site.kind == "fixed" else None
-            return encoder.encode_shard(array, rows, out, with_sums=True, calibration=calibration)
+            return encoder.encode_shard(array, rows, out, attempt, with_sums=True, calibration=calibration)
         except encoder.NotFiniteError as e:
             raise self._not_finite(array.name, bucket, start + e.row) from e
 
     def _not_finite(self, site: str, bucket: int, place: int) -> EncodingError:
-        first, stop = self.spec.bucket_range(bucket)
-        key = keyed.key(self.spec.seed, "bucket", bucket)
-        row = first + int(keyed.invert(place, stop - first, key)[0])
+        row = int(self._row_numbers(bucket, np.array([place]))[0])
         return EncodingError(
             f"row {row} of {site} holds NaN or infinity, which {self.spec.sites[site].encoding} can't store; leave the "
             "row out, or use encoding bf16 or f32"
@@ -271,9 +314,21 @@ class StoreWriter:
         self.spec = change_spec(self.storage, changed)
         self._arrays = arrays(self.spec)
 
-    def finalise(self) -> None:
-        """Consolidate all commit records into a manifest, so that opening is one read; harmless to repeat."""
-        manifest.consolidate(self.storage, self.spec)
+    def finalise(self, *, rewritten: frozenset[int] = frozenset()) -> bool:
+        """Consolidate the commit records, so that opening is one read; harmless to repeat.
+
+        Returns whether the store is complete. `rewritten` buckets were committed anew since they were consolidated.
+        """
+        return finalise(self.storage, self.spec, rewritten=rewritten)
+
+
+class _TakenOverError(Exception):
+    """Another attempt has taken the bucket over."""
+
+
+def remarks(made: record.CommitRecord) -> list[str]:
+    """What a user should know of a bucket that was written, a line each."""
+    return [line for site, s in made.stats.items() for line in s.remarks(f"bucket {made.bucket} of {site}")]
 
 
 def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int | None = None) -> StoreWriter:
@@ -283,25 +338,25 @@ def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int |
     object store has no conditional writes.
     """
     storage = open_storage(url)
-    metadata = metadata_objects(spec)
+    check_conditional_writes(storage, GROUP_KEY)
     if not storage.exists(GROUP_KEY):
-        # the group last: before it there is no store, and whoever creates it decides what the arrays are
-        taken = [key for key, data in metadata.items() if not storage.create(key, data)]
-        if storage.create(GROUP_KEY, group_metadata(spec)):
-            for key in taken:
-                storage.put(key, metadata[key])
-    if (found := manifest.read_spec(storage)) != spec:
+        for key, data in metadata_objects(spec).items():
+            storage.create(key, data)
+        storage.create(GROUP_KEY, group_metadata(spec))  # decides, should several create a store here at once
+    if (found := read_spec(storage)) != spec:
         raise mismatch(
             f"the store at {storage.url}",
             comparable(found),
             comparable(spec),
             remedy="Use the same settings to continue it, or another --out.",
         )
-    check_conditional_writes(storage, GROUP_KEY)
+    write_metadata(storage)
     return StoreWriter(storage, spec, threads=threads)
 
 
-def open_writer(url: str | os.PathLike[str], *, threads: int | None = None) -> StoreWriter:
-    """Open an existing store for writing."""
+def open_writer(
+    url: str | os.PathLike[str], *, threads: int | None = None, versions: Mapping[str, str] | None = None
+) -> StoreWriter:
+    """Open an existing store for writing; `versions` as in `StoreWriter`."""
     storage = open_storage(url)
-    return StoreWriter(storage, manifest.read_spec(storage), threads=threads)
+    return StoreWriter(storage, read_spec(storage), threads=threads, versions=versions)
