@@ -278,7 +278,7 @@ def gc(url: Positional[str], *, older_than: float = 24.0, delete: bool = False, 
 
 @app.command
 def verify(url: Positional[str], *, deep: bool = False, json: Json = None) -> None:
-    """Check every committed object; exit code 1 and one line for each damaged one.
+    """Check every committed object; one line for each damaged one. Exit code 1 if one is, or the store is unfinished.
 
     Args:
         url: the store.
@@ -294,8 +294,13 @@ def verify(url: Positional[str], *, deep: bool = False, json: Json = None) -> No
         found = check(open_storage(url), deep=deep, begin=step.expect, advance=step.advance)
     for d in found.damage:
         print(f"{d.key}: {d.problem}")
-    console.write_json(json, {"buckets": found.buckets, "damaged": [vars(d) for d in found.damage]})
-    if found.damage:
+    for line in found.remarks:
+        print(f"note: {line}")
+    planned = "an open-ended number of" if found.planned_buckets is None else f"{found.planned_buckets}"
+    console.write_json(json, {**vars(found), "complete": found.complete, "damage": [vars(d) for d in found.damage]})
+    if not (found.complete or found.damage):
+        print(f"the store is unfinished: {found.buckets} of {planned} buckets are committed")
+    if found.damage or not found.complete:
         sys.exit(1)
     print(f"{found.buckets} committed buckets are intact{'' if deep else ' (sizes only; --deep reads them)'}")
 

@@ -14,7 +14,7 @@ BLOCK_ROWS = 1 << 15
 
 def make(url: Path, site: str, encoding: str, chain: codec.CodecName, *, d: int, rows: int, bucket_rows: int) -> None:
     """Write a store of `rows` rows of one site, unless it is there."""
-    if (url / "manifest.parquet").exists():
+    if (url / "manifest.json").exists():
         return
     sites = {site: SiteSpec(d=d, encoding=encoding)}
     shard_rows, chunk_rows = min(1 << 14, bucket_rows), min(1 << 11, bucket_rows)

@@ -4,7 +4,7 @@ Model, precision and batch size are what the store's provenance says, so on the 
 bit for bit as it was, and only its damaged objects are put (`actstore.store.maintain.repair`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actstore.builtin import model_path
@@ -17,8 +17,8 @@ from actstore.capture.sites import check_sites, parse_sites
 from actstore.errors import StoreError
 from actstore.progress import Progress
 from actstore.store import StoreSpec, StoreWriter
-from actstore.store.maintain.repair import condemned, restore_derived
-from actstore.store.maintain.verify import verify
+from actstore.store.maintain.repair import commit_version, condemned, restore_derived
+from actstore.store.maintain.verify import verify, verify_bucket
 from actstore.store.read.index import read_spec
 from actstore.store.storage import LocalStorage, open_storage
 from actstore.tokens import row_starts
@@ -35,7 +35,7 @@ class RepairSummary(Outcome):
 
 
 def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
-    """Mend a damaged store; harmless where nothing is damaged, safe to interrupt and run again.
+    """Repair a damaged store; harmless where nothing is damaged, safe to interrupt and run again.
 
     `StoreError` if something is damaged that can't be made again, before anything is changed; `CaptureError` and
     `MismatchError` if the model is not there, or another one.
@@ -59,7 +59,8 @@ def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
         outcome = NOTHING
     else:
         progress.say(str(plan.choice))
-        outcome = execute(plan, writer, _work(writer, found.buckets), model_config, progress, verb="repair")
+        outcome = execute(plan, writer, _work(writer, sorted(found.buckets)), model_config, progress, verb="repair")
+        writer.finalise(rewritten=frozenset(found.buckets))
     if damage and (left := verify(storage, deep=False).damage):
         raise StoreError(f"{storage.url}: {left[0].key} is still damaged: {left[0].problem}; repair it again")
     return RepairSummary(
@@ -90,14 +91,18 @@ def _plan(config: RepairConfig, url: str, spec: StoreSpec) -> tuple[Plan, Any]:
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def _work(writer: StoreWriter, buckets: dict[int, list[str]]) -> list[Work]:
-    """What capturing the condemned buckets takes."""
-    if not buckets:
-        return []
-    work: list[Work] = []
-    for i, segment in enumerate(open_segments(writer.storage, writer.spec)):
+def _work(writer: StoreWriter, buckets: list[int]) -> list[Work]:
+    """What capturing these buckets takes, those that are still damaged.
+
+    The version of a bucket's commit object is read before the bucket is checked once more, and only that version is
+    replaced. So of two repairs that found the same damage, one repairs it.
+    """
+    storage, spec, work = writer.storage, writer.spec, list[Work]()
+    for i, segment in enumerate(open_segments(storage, spec)):
         here = [b for b in sorted(buckets) if segment.first_bucket <= b < segment.stop_bucket]
-        if here:
-            found = work_of(writer.spec, i, segment, row_starts(segment.tokens), here)
-            work += [Work(w.bucket, w.segment, w.span, tuple(buckets[w.bucket])) for w in found]
+        for w in work_of(spec, i, segment, row_starts(segment.tokens), here) if here else ():
+            version = commit_version(storage, w.bucket)
+            keys = tuple(d.key for d in verify_bucket(storage, spec, w.bucket))
+            if keys:
+                work.append(replace(w, keys=keys, version=version))
     return work

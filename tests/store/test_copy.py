@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,33 @@ from actstore.errors import IntegrityError, MismatchError, StoreError
 from actstore.store import SiteSpec, Storage, StoreSpec, create_store, open_storage, open_store
 from actstore.store.format import fixed
 from actstore.store.format.spec import OPEN_ENDED
+from actstore.store.format.spec import arrays as spec_arrays
 from actstore.store.maintain.copy import copy
 from actstore.store.maintain.verify import verify
 from actstore.store.read.values import BucketRows, Values
 from actstore.store.storage import LocalStorage
 from actstore.store.storage.local import LOCK
 
+pytestmark = pytest.mark.filterwarnings("ignore::actstore.errors.ActstoreWarning")  # random bits hold NaN
+
 NORMAL = replace(SPEC, sites={"a.0": SiteSpec(d=5), "b": SiteSpec(d=9)})
 
 
 def objects(url: str | Path) -> dict[str, bytes]:
+    """All objects, without what differs from attempt to attempt: its id in records, its mark in shards."""
     storage = open_storage(url)
-    return {key: storage.get(key) for key in storage.list("")}
+    arrays = spec_arrays(open_store(url).spec)
+    found: dict[str, bytes] = {}
+    for key in storage.list(""):
+        data = storage.get(key)
+        name = key.partition("/c/")[0]
+        if name in arrays and "/c/" in key:
+            at = len(data) - 4 - 16 * arrays[name].chunks_per_shard
+            data = data[: at - 16] + data[at:]
+        elif key.startswith("commits/"):
+            data = re.sub(rb'"(attempt|object_crc32c)": "[^"]*"', b"", data)
+        found[key] = data
+    return found
 
 
 def add_tokens(url: str | Path) -> None:
@@ -112,10 +128,7 @@ def test_a_copy_continues_after_kill_9(known: Known, tmp_path: Path, encoding: s
             assert intact(tmp_path / "c")
     assert copy(known.url, tmp_path / "c", encoding=encoding).fingerprint == quiet.fingerprint
     assert intact(tmp_path / "c")
-    same, other = objects(tmp_path / "quiet"), objects(tmp_path / "c")
-    for ours in ("commits/", "manifest") if encoding else ():  # they hold random attempt ids
-        same, other = ({k: v for k, v in x.items() if not k.startswith(ours)} for x in (same, other))
-    assert same == other
+    assert objects(tmp_path / "quiet") == objects(tmp_path / "c")
 
 
 def _copy_and_die(source: str, destination: str, encoding: str | None, kill_at: int) -> None:
@@ -335,7 +348,7 @@ def test_a_move_can_be_interrupted_anywhere(tmp_path: Path, monkeypatch: pytest.
                     with pytest.raises(StoreError, match="interrupted move"):
                         copy(source, tmp_path / "c", **options)
                 else:
-                    assert intact(source)
+                    assert len(values(source, "resid_post.3")) == 256
             monkeypatch.setattr(LocalStorage, "delete", delete)
             if source.exists():
                 assert copy(source, tmp_path / "c", move=True, **options).moved

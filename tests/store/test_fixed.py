@@ -91,14 +91,38 @@ def test_the_loader_delivers_the_decoded_values_as_bfloat16(tmp_path: Path) -> N
 
 def test_statistics_are_of_the_decoded_values_and_count_saturation(tmp_path: Path) -> None:
     x = floats(activations_like(8192, D))
-    x[4096:, 5] *= 1e6  # the second bucket leaves the range that the first one calibrated
+    write(tmp_path / "first", spec_of("fixed:1e-3"), x)
+    steps = open_store(tmp_path / "first").calibration("resid_post.3")
+    x[4099:4103, 5] = steps.offset[5] + steps.scale[5] * np.float32(33_000)  # a little beyond the range
     write(tmp_path / "s", spec_of("fixed:1e-3"), x)
     decoded, s = stored_values(tmp_path / "s"), open_store(tmp_path / "s").stats("resid_post.3")
     np.testing.assert_allclose(s.mean, decoded.mean(0, dtype=np.float64), rtol=1e-12)
     assert s.max_abs == np.abs(decoded).max()
     calibration = open_store(tmp_path / "s").calibration("resid_post.3")
     codes = (x.astype(np.float64) - calibration.offset) / calibration.scale
+    lost = np.square(decoded.astype(np.float64) - x)[:, 5].sum() / (x.var(0, dtype=np.float64).sum() * len(x))
+    assert 0 < s.clipped_fvu < 1e-3
+    assert s.clipped_fvu == pytest.approx(lost, rel=0.05)
     assert s.saturated == int((np.rint(codes) > 32767).sum() + (np.rint(codes) < -32768).sum()) > 0
+
+
+ROWS = {"bucket_rows": 4096, "shard_rows": 1024, "chunk_rows": 256}
+
+
+def test_clipping_that_breaks_the_promise_is_refused(tmp_path: Path) -> None:
+    """Rows after the first bucket that are far larger: clipped, they would lose all of their variance."""
+    x = floats(activations_like(8192, D))
+    x[4096::64] *= 3e4
+    with pytest.raises(EncodingError, match=r"bucket 1 of resid_post.3: .* clipping them would add an FVU of"):
+        write(tmp_path / "s", spec_of("fixed:1e-3"), x)
+    assert open_store(tmp_path / "s").index.buckets.tolist() == [0]
+    with actstore.create(tmp_path / "a", sites={"x": D}, encoding="fixed:1e-3", **ROWS) as w:
+        w.append({"x": x[:4096]})
+        y = x[:4096].copy()
+        y[7, 3] = 3620 * y[:, 3].std()
+        w.append({"x": y})
+        with pytest.warns(actstore.errors.ActstoreWarning, match="1 values were clipped"):
+            w.close()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -146,7 +170,7 @@ def test_error_is_at_most_half_a_step(mean: float, sigma: float, eps: float) -> 
     x = (mean + sigma * rng.normal(size=(500, 3)) * [1, 10, 0]).astype(np.float32)
     calibration = fixed.calibrate(stats.sums(x), eps, x)
     codes, values = np.empty(x.shape, np.int16), np.empty(x.shape, np.float32)
-    assert fixed.quantise(stats.as_bits(x), calibration, codes, values) == 0
+    assert fixed.quantise(stats.as_bits(x), calibration, codes, values) == (0, 0.0)
     assert np.array_equal(fixed.dequantise(codes, calibration), values)
     error = np.abs(values.astype(np.float64) - x)
     limit = calibration.scale / 2 * (1 + 1e-6) + np.abs(x) * 2.0**-24

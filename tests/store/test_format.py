@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import struct
 from pathlib import Path
@@ -92,23 +93,37 @@ class Reader:
         self.buckets: dict[int, dict[str, tuple[list[int], list[int]]]] = {}
         self.stats: dict[str, Any] = {}
         if manifest:
-            unsealed((root / "manifest.parquet").read_bytes())
-            table = pq.read_table(root / "manifest.parquet")
-            self.stats = json.loads(table.schema.metadata[b"actstore"])["stats"]
-            for row in table.to_pylist():
-                names = {c.partition("/")[0] for c in row if "/" in c}
-                self.buckets[row["bucket"]] = {n: (row[f"{n}/chunks"], row[f"{n}/crc32c"]) for n in names}
+            head = json.loads(unsealed((root / "manifest.json").read_bytes()))
+            self.stats, self.spec = head["stats"], head["spec"]
+            chunks = [-(-self.rows(b) // self.spec["chunk_rows"]) for b in range(self.num_buckets)]
+            self.buckets = {b: {} for b in range(self.num_buckets)}
+            size = max(1, min(1024, 2**18 // (self.spec["bucket_rows"] // self.spec["chunk_rows"])))
+            for name, crcs in head["tables"].items():
+                for part in range(len(crcs) // 8):
+                    crc = crcs[8 * part : 8 * part + 8]
+                    data = (root / "manifest" / name / f"{part:06d}-{crc}.parquet").read_bytes()
+                    assert crc32c(data) == int(crc, 16)
+                    table = pq.read_table(io.BytesIO(data)).to_pydict()
+                    at = 0
+                    for b in range(part * size, min((part + 1) * size, self.num_buckets)):
+                        self.buckets[b][name] = tuple(table[c][at : at + chunks[b]] for c in ("stored", "crc32c"))
+                        at += chunks[b]
             return
         for path in (root / "commits").glob("*.json"):
             record = json.loads(unsealed(path.read_bytes()))
             if record["state"] == "committed":
                 self.buckets[record["bucket"]] = {
-                    name: (
-                        [c for s in shards for c in s["chunks"]],
-                        [int(s["crc32c"][i : i + 8], 16) for s in shards for i in range(0, len(s["crc32c"]), 8)],
-                    )
-                    for name, shards in record["shards"].items()
+                    name: (a["stored"], [int(a["crc32c"][i : i + 8], 16) for i in range(0, len(a["crc32c"]), 8)])
+                    for name, a in record["arrays"].items()
                 }
+
+    @property
+    def num_buckets(self) -> int:
+        return -(-self.spec["rows"] // self.spec["bucket_rows"])
+
+    def rows(self, bucket: int) -> int:
+        n = min(self.spec["bucket_rows"], self.spec["rows"] - bucket * self.spec["bucket_rows"])
+        return dict(self.spec.get("short_buckets", [])).get(bucket, n)
 
     def bucket(self, name: str, bucket: int) -> np.ndarray:
         """An array's rows of a bucket, in row order."""
@@ -133,8 +148,7 @@ class Reader:
             raw = checked((self.root / "calibration" / name / "c" / "0" / "0").read_bytes())
             scale, offsets = np.frombuffer(raw, "<f4").reshape(2, -1).astype(np.float64)
             stored = (scale * stored + offsets).astype(np.float32)
-        n = min(self.spec["bucket_rows"], self.spec["rows"] - bucket * self.spec["bucket_rows"])
-        n = dict(self.spec.get("short_buckets", [])).get(bucket, n)
+        n = self.rows(bucket)
         return stored[[place(self.spec["seed"], bucket, i, n) for i in range(n)]]
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import zarr
 from conftest import SPEC, fill, random_sites, write_known
 
 from actstore import ActivationDataset
@@ -21,6 +20,9 @@ from actstore.store.write.extend import extend, extensions
 
 pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
 ABOUT = {"tokens": {"fingerprint": "b"}}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::actstore.errors.ActstoreWarning")  # random bits hold NaN
 
 
 def objects(storage, keys=None):
@@ -123,10 +125,17 @@ def test_twice_extended_streamed_exported_copied_and_cleaned(tmp_path):
     assert open_store(tmp_path / "copy").fingerprint == store.fingerprint
     assert not verify(open_storage(tmp_path / "copy"), deep=True).damage
     found = collect(url, older_than=0, delete=False)
-    assert not found.garbage
+    assert all(g.key.startswith("manifest/") for g in found.garbage)  # of the times before the extensions
     assert not found.unknown
-    plain = zarr.open_group(url, mode="r")["sequence"][:]
-    assert not plain[1000:1024].any(), "gaps read as zeros"
+    np.seterr(invalid="ignore")  # the random bits hold signalling NaN
+    for name, gap in (("sequence", -1), ("resid_post.3", np.nan), ("mlp_out.3", np.nan)):
+        whole = np.asarray(store[name][:])
+        assert np.array_equal(
+            whole[1000:1024].astype(float), np.full_like(whole[1000:1024], gap, float), equal_nan=True
+        )
+        assert not np.array_equal(
+            whole[992:1000].astype(float), np.full_like(whole[992:1000], gap, float), equal_nan=True
+        )
 
 
 def test_what_an_extension_in_work_holds_is_not_garbage_and_not_moved_away(tmp_path):

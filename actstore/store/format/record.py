@@ -23,7 +23,7 @@ from actstore.errors import StoreError
 from actstore.store.format import stats
 from actstore.store.format.codec import max_stored
 from actstore.store.format.sealed import SEAL, UNSEALED, Sealed, decode, dump
-from actstore.store.format.shard import MARK_BYTES
+from actstore.store.format.shard import MARK_BYTES, tail_bytes
 from actstore.store.format.spec import FORMAT_VERSION, ArraySpec, StoreSpec, arrays
 
 COMMITS = "commits"
@@ -94,6 +94,13 @@ class CommitRecord:
     """Per site."""
     versions: dict[str, str] = field(default_factory=dict[str, str])
     """Of the libraries that computed the rows, where the writer says."""
+
+    def stored_bytes(self, spec: StoreSpec) -> int:
+        """Bytes of all shards."""
+        total = sum(int(c.stored.sum(dtype=np.int64)) for c in self.arrays.values())
+        return total + sum(
+            -(-self.rows // a.shard_rows) * tail_bytes(a.chunks_per_shard) for a in arrays(spec).values()
+        )
 
     @property
     def digest(self) -> str:

@@ -9,7 +9,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -52,6 +52,8 @@ MAX_INDEX = 1 << 28
 MAX_EXTENSIONS = 1 << 10
 """Of a store: what bounds the list of its short buckets."""
 MAX_SITES = 1 << 12
+MAX_DEPTH = 64
+"""Of lists and objects in provenance: bounds recursion."""
 MAX_NAME = 128
 """Characters of a site's name, which file systems must be able to hold."""
 
@@ -235,6 +237,15 @@ class _WireSite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     encoding: str
 
 
+def _check_depth(provenance: dict[str, Any]) -> None:
+    level: list[Any] = [provenance]
+    for _ in range(MAX_DEPTH):
+        inner = (v for c in level for v in (c.values() if isinstance(c, dict) else c))
+        level = [v for v in inner if isinstance(v, (dict, list))]
+    if level:
+        raise ValueError(f"provenance has values inside more than {MAX_DEPTH} others")
+
+
 class WireSpec(Sealed, frozen=True):
     """The group's `actstore` attribute."""
 
@@ -247,7 +258,7 @@ class WireSpec(Sealed, frozen=True):
     codec: str
     sites: dict[str, _WireSite]
     provenance: dict[str, Any]
-    short_buckets: list[tuple[int, int]] = []  # noqa: RUF012  msgspec copies it
+    short_buckets: Annotated[list[tuple[int, int]], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
 
     def spec(self, where: str) -> StoreSpec:
         """The spec, checked; `StoreError` names the field."""
@@ -255,9 +266,10 @@ class WireSpec(Sealed, frozen=True):
             raise StoreError(f"{where}: format version is {self.format_version}, this actstore reads {FORMAT_VERSION}; "
                              "update actstore")  # fmt: skip
         try:
+            _check_depth(self.provenance)
             return StoreSpec(
                 sites={name: SiteSpec(d=s.d, encoding=s.encoding) for name, s in self.sites.items()},
-                short_buckets=tuple(self.short_buckets),
+                short_buckets=() if isinstance(self.short_buckets, msgspec.UnsetType) else tuple(self.short_buckets),
                 codec=self.codec,  # pyright: ignore[reportArgumentType]  it is checked there
                 **{n: getattr(self, n) for n in ("rows", "bucket_rows", "shard_rows", "chunk_rows", "seed")},
                 provenance=self.provenance,

@@ -192,8 +192,11 @@ def _old_tables(
 ) -> Iterator[Garbage]:
     """Parts and tables of the manifest that neither the head nor a part of the store as it is names."""
     used: set[str] = set()
-    for name, crcs in head.tables.items() if head else ():
-        used |= {manifest.table_key(name, number, crc) for number, crc in enumerate(crcs)}
+    if head is not None:
+        used |= {manifest.part_key(head.spec, number) for number in range(manifest.num_parts(head.spec))}
+        used |= {
+            manifest.table_key(n, number, crc) for n, crcs in head.tables.items() for number, crc in enumerate(crcs)
+        }
     for number in range(manifest.num_parts(spec) if objects else 0):
         if (key := manifest.part_key(spec, number)) in objects and (part := read_part(storage, spec, number)):
             used |= {key, *(manifest.table_key(n, number, crc) for n, crc in part.tables.items())}

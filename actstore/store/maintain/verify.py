@@ -24,7 +24,7 @@ from actstore.store.format.spec import (
     calibration_key,
     metadata_objects,
 )
-from actstore.store.read.index import agrees, read_head, read_spec
+from actstore.store.read.index import agrees, read_head, read_record, read_spec
 from actstore.store.storage import Storage
 
 _READERS = 8
@@ -199,6 +199,20 @@ def _calibrations(storage: Storage, spec: StoreSpec, expected: Mapping[str, int]
                 yield Damage(key=key, problem="is not the calibration that the commit records name")
         except ActstoreError as e:
             yield Damage(key=key, problem=str(e))
+
+
+def verify_bucket(storage: Storage, spec: StoreSpec, bucket: int) -> list[Damage]:
+    """Read one bucket that should be committed, and check all of it."""
+    key = record.commit_key(bucket)
+    try:
+        committed = read_record(storage, spec, bucket)
+    except ActstoreError as e:
+        return [Damage(key=key, problem=str(e))]
+    first, stop = spec.bucket_range(bucket)
+    shards = {a: range(first // a.shard_rows, -(-stop // a.shard_rows)) for a in arrays(spec).values()}
+    keys = [a.shard_key(i) for a, numbers in shards.items() for i in numbers]
+    sizes = {k: seen.size for k in keys if (seen := storage.stat(k))}
+    return check_bucket(storage, spec, committed, sizes, deep=True)
 
 
 def check_bucket(

@@ -149,7 +149,7 @@ class ActivationWriter:
         self._spare: dict[str, NDArray[Any]] | None = None
         self._flight: tuple[_Bucket, Future[Any]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="actstore-append")
-        self._closed = self._failed = False
+        self._closed = self._failed = self._warned = False
 
     @property
     def first_row(self) -> int:
@@ -324,8 +324,9 @@ class ActivationWriter:
                 f"{self._writer.url}: bucket {bucket.number} was {made.value} by another writer, so the rows given "
                 "here are not in the store; let one writer at a time append to it, or give each a part of its own"
             )
-        for line in remarks(made):
-            warnings.warn(f"{self._writer.url}: {line}", ActstoreWarning, stacklevel=3)
+        if not self._warned and (lines := remarks(made)):
+            self._warned = True
+            warnings.warn(f"{self._writer.url}: {'; '.join(lines)}; actstore info has the sums", ActstoreWarning, 3)
         self._committed.add(bucket.number)
         self._spare = bucket.arrays
 
