@@ -24,6 +24,18 @@ _SIZES = {
 }
 
 
+_HYBRID = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SHARED_EXPERT = {"shared_expert_intermediate_size": 40}
+_GEMMA_4 = {"head_dim": 16, "global_head_dim": 24, "sliding_window": 8, "vocab_size_per_layer_input": VOCAB}
+_GEMMA_4 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _MORE: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "gemma3_text": {
@@ -32,23 +44,45 @@ _MORE: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "gemma4_text": _GEMMA_4
+    | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+    "gpt2": {"n_inner": 80, "num_key_value_heads": None},
+    "gpt_neox": {"use_parallel_residual": True, "num_key_value_heads": None},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    | {"max_position_embeddings": 131072},
     "granite": {"residual_multiplier": 0.5},
     "mistral": {"head_dim": 16, "sliding_window": 8},
     "olmo3": {"sliding_window": 8},
     "qwen3": {"head_dim": 16},
+    "qwen3_5_text": _HYBRID,
+    "qwen3_5_moe_text": _HYBRID | _EXPERTS | _SHARED_EXPERT,
+    "qwen3_moe": {"head_dim": 16, "mlp_only_layers": [1]} | _EXPERTS,
+    "qwen3_next": _HYBRID | _EXPERTS | _SHARED_EXPERT,
 }
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_experts": (
+        "gemma4_text",
+        _GEMMA_4
+        | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    ),
+    "gpt_neox_sequential": ("gpt_neox", _MORE["gpt_neox"] | {"use_parallel_residual": False}),
+}
+"""Other settings of an architecture under a name of their own."""
+MULTIMODAL = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
 
 
 def config_of(kind: str, **changes: Any) -> Any:
     """A configuration of the architecture; head_dim differs from hidden_size / heads where it can."""
     from transformers import AutoConfig
 
-    if kind == "gemma3":
+    if kind in MULTIMODAL:
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        vision |= {"image_size": 28, "patch_size": 14}
-        text = config_of("gemma3_text").to_dict()
-        return AutoConfig.for_model(kind, text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    return AutoConfig.for_model(kind, **(_SIZES | _MORE.get(kind, {}) | changes))
+        vision |= {"image_size": 28, "patch_size": 14, "out_hidden_size": 48}
+        text = config_of(f"{kind}_text", **changes).to_dict()
+        return AutoConfig.for_model(kind, text_config=text, vision_config=vision)
+    model_type, more = VARIANTS.get(kind, (kind, _MORE.get(kind, {})))
+    return AutoConfig.for_model(model_type, **(_SIZES | more | changes))
 
 
 @cache
@@ -64,11 +98,14 @@ def model_of(
     attention = attention or attention_of(config)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=None if attention == "default" else attention)
+    scalars = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.05))
-    for parameter in model.parameters():  # not model.to: rotary frequencies are float32 in every loaded model
-        parameter.data = parameter.to(dtype)
+        for scalar in scalars:
+            scalar.fill_(0.75)
+    for weight in (*model.parameters(), *scalars):  # not model.to: rotary frequencies are float32 in every loaded model
+        weight.data = weight.to(dtype)
     model.config.dtype = dtype
     return model.eval()
 

@@ -11,6 +11,7 @@ the first token; only a batch that has some gets a mask, because a mask may choo
 import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from actstore.capture.sites import Hook, Site, hooks_of
+from actstore.capture.sites import ABSENT, Hook, Site, heads_of, hooks_of, layers_of
 
 
 class _CompleteError(Exception):
@@ -26,9 +27,18 @@ class _CompleteError(Exception):
 
 
 def decoder_of(model: nn.Module) -> Any:
-    """The stack of decoder layers of a `transformers` model, with `.layers` and `.embed_tokens`."""
+    """The part of a `transformers` model from the embedding to the final norm."""
     get_decoder: Callable[[], Any] = model.get_decoder  # pyright: ignore[reportAssignmentType]
     return get_decoder()
+
+
+def module_of(model: Any, site: Site) -> tuple[nn.Module, Hook]:
+    """The module that the site is an input or output of; `ValueError` says why the model does not have the site."""
+    hook = hooks_of(model.config.model_type)[site.kind]
+    module = hook.of(layers_of(model)[site.layer])
+    if module is None:
+        raise ValueError(f"site {site.name}: the model does not have it, because {ABSENT[site.kind]}")
+    return module, hook
 
 
 @torch.inference_mode()
@@ -46,10 +56,9 @@ def activations(
     hold at padding is finite and means nothing.
     """
     decoder = decoder_of(model)
-    hooks = hooks_of(model.config.model_type)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    device = decoder.embed_tokens.weight.device
+    device = decoder.get_input_embeddings().weight.device
     masks = {} if pad_id is None else _masks(left_padding(ids, pad_id, bos_id), ids.shape[1])
-    with _hooked(decoder.layers, hooks, sites) as found:
+    with _hooked(model, sites, ids.shape) as found:
         try:
             masks = {name: mask.to(device) for name, mask in masks.items()}
             decoder(input_ids=ids.to(device, non_blocking=True), use_cache=False, **masks)
@@ -80,27 +89,38 @@ def _masks(padding: Int[Tensor, " sequences"], seq_len: int) -> dict[str, Int[Te
 
 
 @contextmanager
-def _hooked(layers: nn.ModuleList, hooks: dict[str, Hook], sites: Sequence[Site]) -> Generator[dict[str, Tensor]]:
-    """Collect the sites' tensors during a pass that ends with `_CompleteError`."""
+def _hooked(model: Any, sites: Sequence[Site], shape: torch.Size) -> Generator[dict[str, Tensor]]:
+    """Collect the sites' tensors during a pass over ids of this shape that ends with `_CompleteError`."""
     found: dict[str, Tensor] = {}
     wanted = {site.name for site in sites}
 
-    def keep(name: str, value: Tensor) -> None:
-        found[name] = value
+    def keep(site: Site, hook: Hook, value: Tensor) -> None:
+        found[site.name] = _rows(value, site.kind, hook, heads_of(model.config, site.layer)).reshape(*shape, -1)
         if len(found) == len(wanted):
             raise _CompleteError
 
     handles: list[RemovableHandle] = []
     try:
         for site in sites:
-            place = hooks[site.kind]
-            module = layers[site.layer].get_submodule(place.module)
-            attach = _on_input if place.side == "input" else _on_output
-            handles.append(attach(module, lambda value, name=site.name: keep(name, value)))
+            module, hook = module_of(model, site)
+            attach = _on_input if hook.side == "input" else _on_output
+            handles.append(attach(module, partial(keep, site, hook)))
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _rows(value: Tensor, kind: str, hook: Hook, heads: tuple[int, int]) -> Tensor:
+    """The tensor with tokens in order and the site's own heads; a copy where it was part of a larger one."""
+    if hook.layout == "rows":
+        return value
+    if hook.layout == "heads_first":
+        return value.transpose(1, 2)
+    num_q, num_kv = heads
+    each, part = value.unflatten(-1, (num_q + 2 * num_kv, -1)), ("q", "k", "v").index(kind)
+    blocks = each.split((num_q, num_kv, num_kv), dim=-2)
+    return (blocks[part] if hook.layout == "blocks" else each[..., part::3, :]).contiguous()
 
 
 def _on_input(module: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:

@@ -7,7 +7,8 @@
     parameters                              up to the deepest layer, and what malloc keeps of a head that is loaded and
                                             freed: tensors below 32 MiB
     3 * batch_size * seq_len * sum(d) * ..  activations: of the pass that runs, and of batches that wait for their place
-    one layer's widest moment               the MLP's inner tensors, or eager attention's seq_len^2 logits (Gemma 2)
+    one layer's widest moment               the MLP's inner tensors, the experts', linear attention's heads, or eager
+                                            attention's seq_len^2 logits (Gemma 2, gpt-oss)
     PROCESS                                 Python, torch, transformers, their compiled kernels and scratch, and Ray
 
 It is what a replica takes where storage is slower than the model, so that both buckets are full; where it is faster,
@@ -16,13 +17,13 @@ the higher one; a safetensors file is mapped, and its pages are the kernel's to 
 pass are in its own memory, and not counted. `benchmarks/capture.py` compares all this with what processes take.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from actstore.capture.sites import skeleton
 from actstore.errors import CaptureError
 from actstore.store import StoreSpec
 from actstore.store.format.encoder import buffer_bytes
@@ -87,24 +88,32 @@ def _itemsize(kind: str, dtype_bytes: int) -> int:
 
 
 def _pass_bytes(model_config: Any, batch_size: int, seq_len: int, dtype_bytes: int) -> int:
-    """One layer of a forward pass at its widest.
+    """One layer of a forward pass at its widest; `tests/capture/test_models.py` compares it with a profiler's count.
 
-    MLP: its two inner tensors and some copies of the residual stream. Eager attention: logits as computed, in float32
-    (the same ones if that is the model's precision) and their softmax in float32.
+    An MLP holds three inner tensors and some copies of the residual stream. Experts hold one row for each expert that a
+    token is routed to. Linear attention holds about 17 float32 copies of its heads. Eager attention holds logits as
+    computed, in float32 (the same ones if that is the model's precision) and their softmax in float32; with sinks it
+    holds three copies and more in the model's precision.
     """
-    from actstore.capture.precision import attention_of
+    from actstore.capture.precision import SINKS, attention_of
+    from actstore.capture.sites import site_widths
 
-    text = model_config.get_text_config()
-    mlp = batch_size * seq_len * (2 * text.intermediate_size + 6 * text.hidden_size) * dtype_bytes
-    if attention_of(model_config) != "eager":
-        return mlp
-    logits = batch_size * text.num_attention_heads * seq_len**2
-    return max(mlp, logits * (8 + dtype_bytes % 4))
+    text, tokens = model_config.get_text_config(), batch_size * seq_len
+    sinks, hidden = text.model_type in SINKS, text.hidden_size
+    inner = 3 * max((w for site, w in site_widths(model_config).items() if site.kind == "mlp_hidden"), default=0)
+    if chosen := getattr(text, "top_k_experts", None) or getattr(text, "num_experts_per_tok", None):
+        expert = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        inner = max(inner, chosen * (max((10 if sinks else 4) * expert, 4 * hidden) + hidden))
+    linear = getattr(text, "linear_num_value_heads", 0) * getattr(text, "linear_value_head_dim", 0)
+    logits = 0
+    if attention_of(model_config) == "eager":
+        logits = text.num_attention_heads * seq_len * (3.3 * dtype_bytes if sinks else 8 + dtype_bytes % 4)
+    return int(tokens * (6 * hidden * dtype_bytes + max(inner * dtype_bytes, 17 * 4 * linear, logits)))
 
 
 def parameter_bytes(model_config: Any, dtype_bytes: int) -> int:
     """Of the whole model."""
-    return sum(p.numel() * dtype_bytes for p in _without_weights(model_config).parameters())
+    return sum(p.numel() * dtype_bytes for p in skeleton(model_config).parameters())
 
 
 def kept_bytes(model_config: Any, dtype_bytes: int, spec: StoreSpec) -> int:
@@ -112,20 +121,11 @@ def kept_bytes(model_config: Any, dtype_bytes: int, spec: StoreSpec) -> int:
     from actstore.capture.model import with_layers, without_head
     from actstore.capture.sites import num_layers, parse_sites
 
-    model = _without_weights(with_layers(model_config, num_layers(parse_sites(spec.sites))))
+    model = skeleton(with_layers(model_config, num_layers(parse_sites(spec.sites))))
     sizes = {name: p.numel() * dtype_bytes for name, p in model.named_parameters()}
     without_head(model)
     left = {name for name, _ in model.named_parameters()}
     return sum(n for name, n in sizes.items() if name in left or n <= KEPT_BY_MALLOC)
-
-
-def _without_weights(model_config: Any) -> Any:
-    """The model's modules on device `meta`."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(deepcopy(model_config))  # which fills in defaults
 
 
 def check_memory(needed: Needs, workers: int, shard_rows: int, *, resident: int = 0) -> None:

@@ -21,7 +21,7 @@ from actstore.builtin import model_path
 from actstore.capture.config import Precision
 from actstore.capture.forward import decoder_of
 from actstore.capture.precision import attention_of
-from actstore.capture.sites import hooks_of
+from actstore.capture.sites import hooks_of, site_widths
 from actstore.errors import CaptureError, TokensError
 from actstore.tokens.tokenizer import hub_is_out_of_reach, load_tokenizer, one_line, public_name
 
@@ -29,13 +29,18 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 12
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation"}
 
 
-def load_config(name: str) -> Any:
-    """The `transformers` configuration of a model; `CaptureError` says what was looked for."""
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The `transformers` configuration of a model; `CaptureError` says what was looked for.
+
+    `revision` is the hub's commit, tag or branch, by default main. Local models have none.
+    """
     from transformers import AutoConfig
 
-    where, options = _locate(name)
+    where, options = _locate(name, revision)
     with _loading(name):
-        return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    config._commit_hash = options.get("revision")  # noqa: SLF001 # transformers 5.23 no longer keeps it
+    return config
 
 
 def load_model(
@@ -63,8 +68,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    where, options = _locate(name)
-    config = load_config(name)
+    config = load_config(name, revision)
+    where, options = _locate(name, revision_of(config))
     hooks_of(config.model_type)
     attention = attention or attention_of(config, device)
     if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
@@ -81,7 +86,6 @@ def load_model(
             dtype=getattr(torch, dtype),
             attn_implementation=None if attention == "default" else attention,
             device_map=None if device == "cpu" else device,
-            revision=revision or "main",
             use_safetensors=None if local.is_file() else True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -100,23 +104,30 @@ def load_model(
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """A copy of a `transformers` configuration with the first `layers` layers: of the model, and of lists by layer."""
+    """A copy of a `transformers` configuration with the first `layers` layers: of the model, and of lists by layer.
+
+    Models with per-layer inputs (Gemma 4 E2B and E4B) stay whole: the weights of these inputs are one table for all
+    layers.
+    """
     cut = deepcopy(config)
     text = cut.get_text_config()
     before = text.num_hidden_layers
-    lists = [n for n, v in vars(text).items() if "layer" in n and isinstance(v, list) and len(v) == before]
-    text.num_hidden_layers = min(layers, before)
-    for name in lists:
-        setattr(text, name, getattr(text, name)[:layers])
+    if layers >= before or getattr(text, "hidden_size_per_layer_input", None):
+        return cut
+    by_layer = {n: v for n, v in vars(text).items() if "layer" in n and isinstance(v, list) and len(v) == before}
+    by_layer.pop("mlp_only_layers", None)  # numbers of layers
+    text.num_hidden_layers = layers
+    for name, values in by_layer.items():
+        setattr(text, name, values[:layers])
+    if shared := getattr(text, "num_kv_shared_layers", 0):  # the last so many layers
+        text.num_kv_shared_layers = max(0, shared - before + layers)
     return cut
 
 
-def without_head(model: nn.Module) -> None:
+def without_head(model: Any) -> None:
     """Free the unembedding and a vision tower, which no site needs; the model can't predict afterwards."""
-    decoder = decoder_of(model)
-    if hasattr(model, "lm_head"):
-        model.lm_head = nn.Identity()
-    whole: Any = model.base_model
+    decoder, whole = decoder_of(model), model.base_model
+    model.set_output_embeddings(nn.Identity())
     if whole is not decoder:
         for part in [name for name, module in whole.named_children() if module is not decoder]:
             setattr(whole, part, nn.Identity())
@@ -125,7 +136,8 @@ def without_head(model: nn.Module) -> None:
 def model_identity(name: str, config: Any, dtype: Precision, attention: str) -> dict[str, Any]:
     """What a store's provenance says about the model: no machine's path, and the same on every machine.
 
-    `weights` is the hub's commit, or a digest of size and 64 samples of every local weight file.
+    `weights` is the hub's commit, or a digest of size and 64 samples of every local weight file. `batch_dependent` is
+    there, and true, for mixtures of experts: a row's rounding depends on the other rows of its batch.
     """
     settings = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
     return {
@@ -135,6 +147,7 @@ def model_identity(name: str, config: Any, dtype: Precision, attention: str) -> 
         "weights": revision_of(config) or _digest(*(part for file in _weight_files(name) for part in _sample(file))),
         "dtype": dtype,
         "attention": attention,
+        **({"batch_dependent": True} if any(site.kind == "router" for site in site_widths(config)) else {}),
         "torch": version("torch").partition("+")[0],
         "transformers": version("transformers"),
     }
@@ -153,8 +166,10 @@ def tokenizer_digest(name: str) -> str | None:
         return None
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` needs: a directory or hub id, and options."""
+def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` needs: a directory or hub id, and options. A hub id's `revision` becomes its commit."""
+    from huggingface_hub import hf_hub_download
+
     path = model_path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -166,7 +181,10 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         return str(path), {}
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise CaptureError(f"model {name}: no such directory; give a hub id, a model directory or a .gguf file")
-    return name, {"local_files_only": hub_is_out_of_reach()}
+    offline = hub_is_out_of_reach()
+    with _loading(name):
+        file = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline)
+    return name, {"local_files_only": offline, "revision": Path(file).parent.name}
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from actstore.errors import StoreError
 
 ATTENTION = ("default", "eager", "sdpa", "flex_attention", "flash_attention_2")
 """What a store may name; `transformers` would fetch and run any other name as a kernel from the hub."""
+SINKS = ("gpt_oss",)
+"""Architectures that give attention's softmax a further logit per head, which takes attention away from all tokens."""
 NO_BFLOAT16_PRODUCTS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 """Values of ONEDNN_MAX_CPU_ISA (oneDNN 3) that switch the processor's bfloat16 products off."""
 
@@ -81,15 +83,18 @@ def saved_precision(name: str, model_config: Any) -> Precision | None:
 def attention_of(model_config: Any, device: str = "cpu") -> str:
     """The attention implementation for a model on a device.
 
-    A model whose attention soft-caps its logits (Gemma 2) can't use `sdpa`, which leaves the cap out. On a GPU it takes
-    flex attention where Triton is there to compile it, else flash attention where that is installed; on a CPU, eager.
+    A model whose attention soft-caps its logits (Gemma 2) or has sinks (gpt-oss) can't use `sdpa`, which leaves them
+    out. On a GPU it takes flex attention where Triton is there to compile it, else flash attention where that is
+    installed and there are no sinks; on a CPU, eager.
     """
-    if not getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
+    text = model_config.get_text_config()
+    sinks = text.model_type in SINKS
+    if not (sinks or getattr(text, "attn_logit_softcapping", None)):
         return "default"
     if device != "cpu":
         if importlib.util.find_spec("triton"):
             return "flex_attention"
-        if importlib.util.find_spec("flash_attn"):
+        if importlib.util.find_spec("flash_attn") and not sinks:
             return "flash_attention_2"
     return "eager"
 

@@ -7,16 +7,18 @@ import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from safetensors.torch import load_file, save_file
-from tiny import LAYERS, config_of, model_of
+from tiny import LAYERS, MULTIMODAL, VARIANTS, config_of, model_of
 from torch import nn
 
 from actstore.capture.forward import activations, decoder_of
-from actstore.capture.model import load_config, load_model
+from actstore.capture.memory import _pass_bytes
+from actstore.capture.model import load_config, load_model, model_identity, revision_of, with_layers
 from actstore.capture.precision import saved_precision
-from actstore.capture.sites import ARCHITECTURES, expand_sites, parse_sites
+from actstore.capture.sites import ARCHITECTURES, expand_sites, layers_of, parse_sites, site_widths
 from actstore.errors import CaptureError
 
 IDS = torch.randint(3, 2000, (2, 16), generator=torch.Generator().manual_seed(2))
+MODELS = (*ARCHITECTURES, *VARIANTS)
 PADDED = torch.cat([IDS[:1], torch.cat([torch.zeros(1, 5, dtype=torch.long), IDS[1:, 5:]], dim=1)])
 
 
@@ -33,31 +35,125 @@ def same(found, expected) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_saved_model_is_loaded_as_it_was(tmp_path, kind):
     model = model_of(kind, torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), "bfloat16")
     assert saved_precision(str(tmp_path), load_config(str(tmp_path))) == "bfloat16"
-    sites = expand_sites("all", model.config)
+    sites = tuple(site_widths(model.config))
     assert same(activations(loaded, IDS, sites), activations(model, IDS, sites))
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", MODELS)
 def test_weights_of_layers_that_no_site_needs_are_never_read(tmp_path, kind):
     """They are not even in the file."""
     model = model_of(kind)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    kept = {name: w for name, w in weights.items() if not re.search(r"(?<!encoder\.)layers\.[23]\.", name)}
-    assert len(weights) - len(kept) == 2 * len([n for n in weights if "layers.1." in n and "encoder" not in n])
+    deep = [n for n in weights if re.search(r"(?<!encoder\.)(layers|h)\.[23]\.", n)]
+    assert len({n.rpartition(".")[0] for n in deep}) > 8
+    kept = {name: w for name, w in weights.items() if name not in deep}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CaptureError, match="weights are missing"):
         load_model(str(tmp_path), layers=3)
-    sites = parse_sites("resid_pre.0,resid_post.1,mlp_out.0,attn_out.1,mlp_in.1")
+    if kind in PER_LAYER_INPUTS:
+        with pytest.raises(CaptureError, match="weights are missing"):
+            load_model(str(tmp_path), layers=2)
+        return
+    sites = tuple(site for site in site_widths(model.config) if site.layer < 2)
     assert same(activations(load_model(str(tmp_path), layers=2), IDS, sites), activations(model, IDS, sites))
+
+
+PER_LAYER_INPUTS = {"gemma4", "gemma4_text"}
+"""They are loaded whole, because one table holds what every layer is given."""
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("kind", [k for k in MODELS if k not in MULTIMODAL])
+def test_a_model_of_fewer_layers_has_the_sites_of_these_layers(kind, layers):
+    """Seen in the modules: widths, mixers and experts of a layer are what they are in the whole model."""
+    config = config_of(kind)
+    before, whole = config.to_dict(), site_widths(config)
+    cut = with_layers(config, layers)
+    stays = LAYERS if kind in PER_LAYER_INPUTS else min(layers, LAYERS)
+    assert site_widths(cut) == {site: width for site, width in whole.items() if site.layer < stays}
+    assert cut.get_text_config().num_hidden_layers == stays
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_layers_that_share_keys_still_do_in_a_model_of_fewer_layers(layers):
+    """Gemma 4's last layers reuse the keys of earlier ones: which ones do, is counted from the end."""
+    config = config_of("gemma4_text", hidden_size_per_layer_input=0)
+    whole = site_widths(config)
+    assert {site.layer for site in whole if site.kind == "k"} == {0, 1}
+    assert site_widths(with_layers(config, layers)) == {s: w for s, w in whole.items() if s.layer < layers}
+
+
+def test_numbers_of_layers_are_not_taken_for_a_list_by_layer():
+    config = config_of("qwen3_moe", mlp_only_layers=[3, 1, 2, 0])
+    assert {s.kind for s in site_widths(with_layers(config, 2)) if s.kind in ("router", "mlp_hidden")} == {"mlp_hidden"}
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_a_multimodal_model_is_loaded_as_its_text_model(tmp_path, kind):
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config_of(kind)).eval()
+    model.save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).model_type == kind
+    sites = parse_sites([f"resid_post.{i}" for i in range(LAYERS - 1)])
+    loaded = load_model(str(tmp_path), attention="eager")
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        hidden = decoder_of(model)(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
+    found = activations(loaded, IDS, sites)
+    assert all(torch.equal(found[f"resid_post.{i}"], hidden[i + 1]) for i in range(LAYERS - 1))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub's cache with two revisions of lab/tiny, and no network; models by revision."""
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    models = {revision: model_of("llama", seed=seed) for seed, revision in enumerate(commits)}
+    for revision, commit in commits.items():
+        folder = tmp_path / "models--lab--tiny"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        models[revision].save_pretrained(folder / "snapshots" / commit)
+        models[commit] = models[revision]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return models
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1", "a" * 40, "b" * 40])
+def test_a_hub_revision_decides_on_configuration_and_weights(hub, revision):
+    expected = hub[revision or "main"]
+    config = load_config("lab/tiny", revision)
+    assert revision_of(config) == ("b" * 40 if revision in ("v1", "b" * 40) else "a" * 40)
+    assert model_identity("lab/tiny", config, "float32", "default")["weights"] == revision_of(config)
+    sites = parse_sites("resid_post.1")
+    assert same(activations(load_model("lab/tiny", revision=revision), IDS, sites), activations(expected, IDS, sites))
+
+
+def test_a_hub_revision_that_is_not_there_is_refused(hub):
+    with pytest.raises(CaptureError, match="lab/tiny: no such directory, and the hub gave none"):
+        load_config("lab/tiny", "c" * 40)
+    with pytest.raises(CaptureError, match="lab/tiny: no such directory, and the hub gave none"):
+        load_model("lab/tiny", revision="v2")
+
+
+def test_only_mixtures_of_experts_are_recorded_as_batch_dependent(tmp_path):
+    for kind in ("llama", "qwen3_moe", "gpt_oss"):
+        model_of(kind).save_pretrained(tmp_path / kind)
+        path = str(tmp_path / kind)
+        identity = model_identity(path, load_config(path), "float32", "eager")
+        assert identity.get("batch_dependent", False) == (kind != "llama")
 
 
 @pytest.mark.parametrize("device", ["balanced", "cpu"])
@@ -71,11 +167,12 @@ def test_placement_changes_no_value(tmp_path, device):
 
 def spread(kind: str, at: int):
     """The model with layers from `at` on another device, joined by accelerate's hooks as `device_map` does it."""
-    model = copy.deepcopy(model_of(kind))
-    decoder = decoder_of(model)
-    parts: dict[str, nn.Module] = {n: m for n, m in decoder.named_children() if n != "layers"}
-    parts |= {f"layers.{i}": layer for i, layer in enumerate(decoder.layers)}
-    far = [name for name in parts if name == "norm" or (name[:6] == "layers" and int(name[7:]) >= at)]
+    model = copy.deepcopy(model_of(kind, torch.bfloat16))
+    decoder, layers = decoder_of(model), "h" if kind == "gpt2" else "layers"
+    parts: dict[str, nn.Module] = {n: m for n, m in decoder.named_children() if n != layers}
+    final = list(parts)[-1] if kind == "gpt2" else "norm"
+    parts |= {f"{layers}.{i}": layer for i, layer in enumerate(layers_of(model))}
+    far = [name for name in parts if name == final or (name.startswith(f"{layers}.") and int(name.split(".")[1]) >= at)]
     for name in far:
         parts[name].to("meta")
     devices = {name: torch.device("meta" if name in far else "cpu") for name in parts}
@@ -83,14 +180,14 @@ def spread(kind: str, at: int):
     return model
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("ids", [IDS, PADDED], ids=["plain", "padded"])
 def test_sites_come_back_on_the_device_where_they_arise(kind, ids):
-    """Device `meta` stands for a second GPU: it has shapes and no values."""
+    """Device `meta` stands for a second GPU: it has shapes and no values. Its experts multiply bfloat16 only."""
     model = spread(kind, 2)
-    sites = expand_sites("all", model.config)
+    sites = tuple(site_widths(model.config))
     found = activations(model, ids, sites, pad_id=0, bos_id=1)
-    expected = activations(model_of(kind), ids, sites, pad_id=0, bos_id=1)
+    expected = activations(model_of(kind, torch.bfloat16), ids, sites, pad_id=0, bos_id=1)
     near = {site.name for site in sites if site.layer < 2}
     assert {name: x.device.type for name, x in found.items()} == {n: "cpu" if n in near else "meta" for n in expected}
     assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in expected.items()}
@@ -113,8 +210,45 @@ def test_a_model_that_was_put_off_to_disk_is_refused(tmp_path, monkeypatch):
         load_model(str(tmp_path / "model"), device="balanced")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5", "granite"])
+@pytest.mark.parametrize("kind", ["gptj", "t5", "granite"])
 def test_an_architecture_without_sites_is_refused_before_its_weights_are_read(tmp_path, kind):
     config_of(kind).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"architecture '{kind}' has no table of sites: known are gemma2, gemma3"):
         load_model(str(tmp_path))
+
+
+def peak_of(model, ids) -> int:
+    """Bytes that a pass to the last layer takes beside what is there before, as torch's profiler counts them."""
+    site = parse_sites(f"resid_post.{LAYERS - 1}")
+    activations(model, ids, site)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        activations(model, ids, site)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now, most = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+LINEAR = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+WIDE = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma4_experts": {"moe_intermediate_size": 192},
+    "gpt2": {"n_inner": 400},
+    "gpt_oss": {"intermediate_size": 160},
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_moe": {"mlp_only_layers": [], "moe_intermediate_size": 192, "num_experts_per_tok": 3},
+    "qwen3_next": LINEAR,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [k for k in MODELS if k not in MULTIMODAL])
+def test_one_pass_takes_about_what_memory_reckons_with(kind, dtype):
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 131072} | WIDE.get(kind, {})
+    model = model_of.__wrapped__(kind, dtype, **sizes)
+    ids = torch.randint(3, 2000, (2, 128), generator=torch.Generator().manual_seed(2))
+    reckoned = _pass_bytes(model.config, *ids.shape, dtype.itemsize)
+    assert 0.65 * reckoned < peak_of(model, ids) < 1.3 * reckoned
