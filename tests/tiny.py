@@ -37,6 +37,7 @@ _SHARED_EXPERT = {"shared_expert_intermediate_size": 40}
 _GEMMA_4 = {"head_dim": 16, "global_head_dim": 24, "sliding_window": 8, "vocab_size_per_layer_input": VOCAB}
 _GEMMA_4 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _MORE: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "gemma3_text": {
         "head_dim": 16,
@@ -52,7 +53,9 @@ _MORE: dict[str, dict[str, Any]] = {
     | {"max_position_embeddings": 131072},
     "granite": {"residual_multiplier": 0.5},
     "mistral": {"head_dim": 16, "sliding_window": 8},
+    "mixtral": {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4},
     "olmo3": {"sliding_window": 8},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen3": {"head_dim": 16},
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": _HYBRID | _EXPERTS | _SHARED_EXPERT,

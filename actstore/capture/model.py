@@ -71,6 +71,9 @@ def load_model(
     config = load_config(name, revision)
     where, options = _locate(name, revision_of(config))
     hooks_of(config.model_type)
+    packed = getattr(config, "quantization_config", {})
+    if packed.get("quant_method") == "mxfp4":  # gpt-oss; the kernels for packed experts call no router
+        packed["dequantize"] = True
     attention = attention or attention_of(config, device)
     if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
         raise CaptureError(f"model {name}: its store was captured with flash attention; pip install flash-attn")

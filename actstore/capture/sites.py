@@ -112,6 +112,7 @@ _GPT_NEOX = {
     **_fused("attention.query_key_value", "interleaved"),
 }
 ARCHITECTURES: dict[str, dict[str, Hook]] = {
+    "gemma": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3": _GEMMA_3,
     "gemma3_text": _GEMMA_3,
@@ -122,8 +123,10 @@ ARCHITECTURES: dict[str, dict[str, Hook]] = {
     "gpt_oss": _LLAMA | {"router": Hook("mlp.router", "output")},
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _LLAMA,
     "olmo2": _OLMO,
     "olmo3": _OLMO,
+    "olmoe": _QWEN_3,
     "phi3": _LLAMA | _fused("self_attn.qkv_proj", "blocks"),
     "qwen2": _LLAMA,
     "qwen3": _QWEN_3,
