@@ -3,22 +3,31 @@
 import copy
 import json
 import re
+from io import StringIO
 
 import pytest
 import torch
+import zarr
 from accelerate.hooks import attach_align_device_hook_on_blocks
+from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import LAYERS, MULTIMODAL, VARIANTS, config_of, model_of
+from tiny import LAYERS, MULTIMODAL, VARIANTS, config_of, model_of, save
 from torch import nn
 
+from actstore.capture import CaptureConfig, capture
 from actstore.capture.forward import activations, decoder_of
 from actstore.capture.memory import _pass_bytes
 from actstore.capture.model import load_config, load_model, model_identity, revision_of, with_layers
 from actstore.capture.precision import saved_precision
 from actstore.capture.sites import ARCHITECTURES, expand_sites, layers_of, parse_sites, site_widths
 from actstore.errors import CaptureError
+from actstore.progress import Progress
+from actstore.store import open_store
+from actstore.tokens import TokenizeConfig, open_tokens, tokenize
 
 IDS = torch.randint(3, 2000, (2, 16), generator=torch.Generator().manual_seed(2))
+TEXTS = [f"Document {i}: the quick brown fox, {'jumps over ' * (i % 5)}the lazy dog." for i in range(40)]
+QUIET = Progress(Console(file=StringIO()))
 MODELS = (*ARCHITECTURES, *VARIANTS)
 PADDED = torch.cat([IDS[:1], torch.cat([torch.zeros(1, 5, dtype=torch.long), IDS[1:, 5:]], dim=1)])
 
@@ -243,6 +252,35 @@ def test_an_architecture_without_sites_is_refused_before_its_weights_are_read(tm
     config_of(kind).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"architecture '{kind}' has no table of sites: known are gemma, gemma2"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
+@pytest.mark.parametrize(
+    ("kind", "patterns"),
+    [
+        ("gemma4_text", "all,q.*,[kv].0-1,mlp_hidden.*"),
+        ("gpt2", "resid_*.2,[qkv].1,mlp_*.2"),
+        ("qwen3_moe", "router.2-3,mlp_hidden.1,v.3,mlp_out.*"),
+    ],
+)
+def test_sites_of_every_kind_and_width_are_stored_as_they_are(tmp_path, in_process, kind, patterns):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    model, tokens = str(save(tmp_path / "model", kind, torch.float32, TEXTS)), str(tmp_path / "tokens")
+    tokenize(TokenizeConfig(sources=(str(text),), tokenizer=model, seq_len=16, out=tokens), QUIET)
+    out, sizes = str(tmp_path / "store"), {"bucket_rows": 4096, "shard_rows": 4096, "chunk_rows": 64}
+    more = {"device": "cpu", "threads": 1, "encoding": "f32", "batch_size": 5}
+    capture(CaptureConfig(model=model, tokens=tokens, sites=(patterns,), out=out, **sizes, **more), QUIET)
+    group, table, store = zarr.open_group(out, mode="r"), open_tokens(tokens), open_store(out)
+    assert store.spec.provenance["model"].get("batch_dependent", False) == (kind == "qwen3_moe")
+    sites = expand_sites(patterns, load_config(model))
+    assert set(store.sites) == {site.name for site in sites}
+    ids = torch.from_numpy(table.ids(0, table.sequences)).long()
+    batches = [activations(load_model(model), batch, sites) for batch in ids.split(5)]
+    rows = group["sequence"][:], group["position"][:]
+    for site in sites:
+        expected = torch.cat([batch[site.name] for batch in batches])[rows]
+        assert torch.equal(torch.from_numpy(group[site.name][:]), expected)
 
 
 def peak_of(model, ids) -> int:
