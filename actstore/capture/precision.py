@@ -83,18 +83,19 @@ def saved_precision(name: str, model_config: Any) -> Precision | None:
 def attention_of(model_config: Any, device: str = "cpu") -> str:
     """The attention implementation for a model on a device.
 
-    A model whose attention soft-caps its logits (Gemma 2) or has sinks (gpt-oss) can't use `sdpa`, which leaves them
-    out. On a GPU it takes flex attention where Triton is there to compile it, else flash attention where that is
-    installed and there are no sinks; on a CPU, eager.
+    A model whose attention soft-caps its logits (Gemma 2) can't use `sdpa`, which leaves the cap out. On a GPU it takes
+    flex attention where Triton is there to compile it, else flash attention where that is installed; on a CPU, eager.
+    Attention with sinks (gpt-oss) is eager everywhere: `sdpa` leaves them out, and no GPU has proved flex attention's.
     """
     text = model_config.get_text_config()
-    sinks = text.model_type in SINKS
-    if not (sinks or getattr(text, "attn_logit_softcapping", None)):
+    if text.model_type in SINKS:
+        return "eager"
+    if not getattr(text, "attn_logit_softcapping", None):
         return "default"
     if device != "cpu":
         if importlib.util.find_spec("triton"):
             return "flex_attention"
-        if importlib.util.find_spec("flash_attn") and not sinks:
+        if importlib.util.find_spec("flash_attn"):
             return "flash_attention_2"
     return "eager"
 

@@ -95,12 +95,18 @@ def test_a_model_of_fewer_layers_has_the_sites_of_these_layers(kind, layers):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_layers_that_share_keys_still_do_in_a_model_of_fewer_layers(layers):
+def test_layers_that_share_keys_still_do_in_a_model_of_fewer_layers(tmp_path, layers):
     """Gemma 4's last layers reuse the keys of earlier ones: which ones do, is counted from the end."""
-    config = config_of("gemma4_text", hidden_size_per_layer_input=0)
-    whole = site_widths(config)
+    model = model_of("gemma4_text", hidden_size_per_layer_input=0)
+    whole = site_widths(model.config)
     assert {site.layer for site in whole if site.kind == "k"} == {0, 1}
-    assert site_widths(with_layers(config, layers)) == {s: w for s, w in whole.items() if s.layer < layers}
+    first = {site: width for site, width in whole.items() if site.layer < layers}
+    assert site_widths(with_layers(model.config, layers)) == first
+    if layers == 3:
+        return  # transformers 5.23 can't run layers that share keys without per-layer inputs
+    model.save_pretrained(tmp_path)
+    found = activations(load_model(str(tmp_path), layers=layers), IDS, tuple(first))
+    assert same(found, activations(model, IDS, tuple(first)))
 
 
 def test_numbers_of_layers_are_not_taken_for_a_list_by_layer():
@@ -120,7 +126,7 @@ def test_a_multimodal_model_is_loaded_as_its_text_model(tmp_path, kind):
     loaded = load_model(str(tmp_path), attention="eager")
     model.set_attn_implementation("eager")
     with torch.inference_mode():
-        hidden = decoder_of(model)(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
+        hidden = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
     found = activations(loaded, IDS, sites)
     assert all(torch.equal(found[f"resid_post.{i}"], hidden[i + 1]) for i in range(LAYERS - 1))
 
