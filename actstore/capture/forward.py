@@ -95,7 +95,7 @@ def _hooked(model: Any, sites: Sequence[Site], shape: torch.Size) -> Generator[d
     wanted = {site.name for site in sites}
 
     def keep(site: Site, hook: Hook, value: Tensor) -> None:
-        found[site.name] = _rows(value, site.kind, hook, heads_of(model.config, site.layer)).reshape(*shape, -1)
+        found[site.name] = _rows(value, site, hook, model.config).reshape(*shape, -1)
         if len(found) == len(wanted):
             raise _CompleteError
 
@@ -111,14 +111,14 @@ def _hooked(model: Any, sites: Sequence[Site], shape: torch.Size) -> Generator[d
             handle.remove()
 
 
-def _rows(value: Tensor, kind: str, hook: Hook, heads: tuple[int, int]) -> Tensor:
+def _rows(value: Tensor, site: Site, hook: Hook, config: Any) -> Tensor:
     """The tensor with tokens in order and the site's own heads; a copy where it was part of a larger one."""
     if hook.layout == "rows":
         return value
     if hook.layout == "heads_first":
         return value.transpose(1, 2)
-    num_q, num_kv = heads
-    each, part = value.unflatten(-1, (num_q + 2 * num_kv, -1)), ("q", "k", "v").index(kind)
+    num_q, num_kv = heads_of(config, site.layer)
+    each, part = value.unflatten(-1, (num_q + 2 * num_kv, -1)), ("q", "k", "v").index(site.kind)
     blocks = each.split((num_q, num_kv, num_kv), dim=-2)
     return (blocks[part] if hook.layout == "blocks" else each[..., part::3, :]).contiguous()
 

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any, Literal
 
 
@@ -44,8 +45,9 @@ class Hook:
         """The module in this decoder layer, or None if the layer does not have the site."""
         if self.unless and getattr(layer, self.unless, False):
             return None
-        modules = dict(layer.named_modules())
-        return next((modules[path] for path in self.module.split("|") if path in modules), None)
+        paths = (path.split(".") if path else () for path in self.module.split("|"))
+        modules = (reduce(lambda module, name: getattr(module, name, None), path, layer) for path in paths)
+        return next((module for module in modules if module is not None), None)
 
 
 @dataclass(frozen=True, order=True)
@@ -112,31 +114,17 @@ _GPT_NEOX = {
     **_fused("attention.query_key_value", "interleaved"),
 }
 ARCHITECTURES: dict[str, dict[str, Hook]] = {
-    "gemma": _LLAMA,
+    **dict.fromkeys(("gemma", "llama", "mistral", "mixtral", "qwen2", "smollm3"), _LLAMA),
+    **dict.fromkeys(("olmoe", "qwen3", "qwen3_moe"), _QWEN_3),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), _QWEN_NEXT),
+    **dict.fromkeys(("gemma3", "gemma3_text"), _GEMMA_3),
+    **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA_4),
+    **dict.fromkeys(("olmo2", "olmo3"), _OLMO),
     "gemma2": _GEMMA,
-    "gemma3": _GEMMA_3,
-    "gemma3_text": _GEMMA_3,
-    "gemma4": _GEMMA_4,
-    "gemma4_text": _GEMMA_4,
     "gpt2": _GPT_2,
     "gpt_neox": _GPT_NEOX,
     "gpt_oss": _LLAMA | {"router": Hook("mlp.router", "output")},
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _LLAMA,
-    "olmo2": _OLMO,
-    "olmo3": _OLMO,
-    "olmoe": _QWEN_3,
     "phi3": _LLAMA | _fused("self_attn.qkv_proj", "blocks"),
-    "qwen2": _LLAMA,
-    "qwen3": _QWEN_3,
-    "qwen3_5": _QWEN_NEXT,
-    "qwen3_5_moe": _QWEN_NEXT,
-    "qwen3_5_moe_text": _QWEN_NEXT,
-    "qwen3_5_text": _QWEN_NEXT,
-    "qwen3_moe": _QWEN_3,
-    "qwen3_next": _QWEN_NEXT,
-    "smollm3": _LLAMA,
 }
 """Hooks by `model_type` of the model's configuration."""
 
@@ -301,5 +289,6 @@ def layers_of(model: Any) -> Any:
 def hooks_of(model_type: str) -> dict[str, Hook]:
     """The hooks of an architecture, by kind; `ValueError` lists the known ones."""
     if model_type not in ARCHITECTURES:
-        raise ValueError(f"architecture {model_type!r} has no table of sites: known are {', '.join(ARCHITECTURES)}")
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ValueError(f"architecture {model_type!r} has no table of sites: known are {known}")
     return ARCHITECTURES[model_type]
