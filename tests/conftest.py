@@ -5,7 +5,6 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before torch imports Triton, which looks at it then
 os.environ["OMP_NUM_THREADS"] = "1"  # of child processes: threads that wait for each other are slow beside other tests
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from servers import backend_url, every_backend_url, gcs_server, s3_server
 
 from actstore.capture import execute
-from actstore.capture.pool import Pool
-from actstore.capture.worker import Replica, ReplicaConfig
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.store.format.record import CommitRecord
 from actstore.store.storage import Storage
@@ -127,31 +124,16 @@ def known(tmp_path: Path) -> Known:
     return write_known(tmp_path / "store")
 
 
-class InProcess(Pool):
-    """One replica in this process instead of Ray's actors."""
-
-    def __init__(self, _ray: Any, replica: ReplicaConfig, _log: Any, **options: Any) -> None:
-        self._quiet, self._told = Replica(replace(replica, threads=1)), options["watch"]
-        self.live, self.losses = {0}, 0
-
-    def run(self, todo: Any) -> None:
-        self._quiet.start()
-        for work in todo:
-            self._told.done(self._quiet.capture(work))
-            self._told.show(0, self)
-
-
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture with one replica in this process instead of Ray."""
+    """Capture with one replica of one thread in this process, whatever the settings say."""
     without_ray(monkeypatch)
 
 
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture with one replica in this process instead of Ray."""
-    monkeypatch.setattr(execute, "ray_for", lambda *_: nullcontext())
-    monkeypatch.setattr(execute, "placement", lambda *_: ("cpu", 0))
-    monkeypatch.setattr(execute, "Pool", InProcess)
+    """Capture with one replica of one thread in this process, whatever the settings say."""
+    monkeypatch.setattr(execute, "runs_here", lambda _: True)
+    monkeypatch.setattr(execute.Plan, "threads", 1)
 
 
 __all__ = [

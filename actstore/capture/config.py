@@ -13,26 +13,32 @@ class WorkersConfig:
     """What carries a run out; no stored value depends on it."""
 
     workers: int = 1
-    """Model replicas, each a Ray actor; those the cluster has no room for yet start when it grows."""
+    """Model replicas. A single one on this machine runs in this process, more of them are Ray actors; those the cluster
+    has no room for yet start when it grows."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto: on GPUs where Ray has one for a worker."""
-    devices_per_worker: int = 1
-    """GPUs of a replica; its layers are spread over them."""
+    """Where the model runs; auto: on a cluster on GPUs, else on this machine's GPU if it has one."""
+    devices_per_worker: float = 1.0
+    """GPUs of a replica. Its layers are spread over them; 0.5 lets two replicas share a GPU."""
     threads: int | None = None
-    """CPU threads per worker; default: this machine's cores divided by the workers."""
+    """CPU threads per worker; default: its share of the cores of the machine that it runs on."""
     address: str | None = None
-    """Address of a running Ray cluster, such as auto; default: start Ray on this machine."""
+    """Address of a running Ray cluster, such as auto; default: RAY_ADDRESS, else this machine only."""
+    shared_directory: bool = False
+    """A directory as --out is on a file system that every node of the cluster has mounted at the same path."""
     runtime_env: Path | None = None
     """JSON file with a Ray runtime environment for the workers, such as {"env_vars": {...}}."""
 
     def __post_init__(self) -> None:
         """Check the numbers; `ValueError` names the field."""
-        for name in ("workers", "devices_per_worker", "threads", "batch_size", "rows"):
+        for name in ("workers", "threads", "batch_size", "rows"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        if self.devices_per_worker > 1 and self.device == "cpu":
-            raise ValueError(f"devices_per_worker is {self.devices_per_worker}, which needs GPUs, but device is cpu")
+        devices = self.devices_per_worker
+        if not (0 < devices < 1 or (devices >= 1 and devices == int(devices))):
+            raise ValueError(f"devices_per_worker is {devices:g}, expected a whole number, or a part of one GPU as 0.5")
+        if devices > 1 and self.device == "cpu":
+            raise ValueError(f"devices_per_worker is {devices:g}, which needs GPUs, but device is cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

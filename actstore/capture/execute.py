@@ -1,4 +1,4 @@
-"""Carrying out a plan: start Ray, run replicas over the work, watch, finalise, and say what bounded the run.
+"""Carrying out a plan: start replicas, run them over the work, watch, finalise, and say what bounded the run.
 
 Forward passes, encoding and putting overlap, so the slowest of them bounds a run: each is summed as the time it would
 have taken alone, and the longest is named.
@@ -6,19 +6,23 @@ have taken alone, and the longest is named.
 
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from actstore.capture.cluster import placement, ray_for, runtime_environment
+from actstore.capture.cluster import check_directory, on_cluster, ray_for, request_for, runs_here, runtime_environment
 from actstore.capture.config import WorkersConfig
-from actstore.capture.events import event_log
-from actstore.capture.memory import check_memory, needs
-from actstore.capture.pool import Pool
+from actstore.capture.events import EventLog, event_log
+from actstore.capture.memory import Needs, check_memory, needs
+from actstore.capture.pool import Pool, Task
 from actstore.capture.precision import Choice
-from actstore.capture.segments import Work
+from actstore.capture.replicas import LocalReplicas, RayReplicas, Replicas, Request
+from actstore.capture.segments import Work, open_segments
 from actstore.capture.worker import BucketSummary, ReplicaConfig
-from actstore.progress import Progress, Step, scaled
+from actstore.errors import CaptureError
+from actstore.progress import Progress, scaled
 from actstore.store import StoreSpec, StoreWriter
 from actstore.store.storage import LocalStorage, open_storage
 from actstore.tokens.tokenizer import public_name
@@ -28,44 +32,39 @@ from actstore.tokens.tokenizer import public_name
 class Outcome:
     """What a run did."""
 
-    buckets: int
+    buckets: int = 0
     """Captured by this run."""
-    rows_captured: int
+    buckets_by_others: int = 0
+    """Committed meanwhile by another run, or by a worker that died before it could say so."""
+    rows_captured: int = 0
     """By this run."""
-    bytes_stored: int
+    bytes_stored: int = 0
     """By this run."""
-    seconds: float
-    """Starting Ray and loading the model included."""
-    tokens_per_s: float
+    seconds: float = 0.0
+    """Starting workers and loading the model included."""
+    tokens_per_s: float = 0.0
     """Rows captured by this run per second from the moment the first worker was ready."""
-    forward_s: float
+    forward_s: float = 0.0
     """Summed over buckets, as are the next two; per worker, they overlap."""
-    encode_s: float
-    put_s: float
-    bound: str
+    encode_s: float = 0.0
+    put_s: float = 0.0
+    bound: str = "none"
     """The stage that took longest: forward, encode or upload; none if there was nothing to do."""
-    buckets_mended: int
+    buckets_mended: int = 0
     """Of a repair: those whose rows came out as they were, so that only damaged objects were put."""
-    retries: int
+    retries: int = 0
     """Requests to the store that had to be sent once more."""
-    workers_lost: int
-    """Buckets taken back from dead workers and captured again."""
+    workers_lost: int = 0
+    """Buckets taken back from workers that died or failed, and captured again."""
+    taken_over: int = 0
+    """How often another run took a bucket over while this one wrote it."""
+    nodes_quarantined: int = 0
+    """Nodes that got no more buckets because too much failed on them."""
+    log_failures: int = 0
+    """How often a piece of the run's log could not be put."""
 
 
-NOTHING = Outcome(
-    buckets=0,
-    rows_captured=0,
-    bytes_stored=0,
-    seconds=0.0,
-    tokens_per_s=0.0,
-    forward_s=0.0,
-    encode_s=0.0,
-    put_s=0.0,
-    bound="none",
-    buckets_mended=0,
-    retries=0,
-    workers_lost=0,
-)
+NOTHING = Outcome()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,25 +83,29 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        """CPU threads per worker."""
+        """CPU threads per worker on this machine."""
         return self.config.threads or max(1, (os.cpu_count() or 1) // self.config.workers)
 
-    def check_memory(self, spec: StoreSpec, seq_len: int, model_config: Any) -> None:
-        """Refuse what does not fit, if the workers run on this machine; on a cluster each checks its own."""
+    def needs(self, spec: StoreSpec, seq_len: int, model_config: Any, threads: int) -> Needs:
+        """What a replica with so many threads needs in memory."""
         import torch
 
-        if self.config.address is None:
-            needed = needs(
-                spec,
-                model_config,
-                dtype_bytes=getattr(torch, self.choice.dtype).itemsize,
-                seq_len=seq_len,
-                batch_size=self.batch_size,
-                threads=self.threads,
-                local=isinstance(open_storage(self.store), LocalStorage),
-                on_gpu=self.choice.device != "cpu",
-                gguf=self.model.endswith(".gguf"),
-            )
+        return needs(
+            spec,
+            model_config,
+            dtype_bytes=getattr(torch, self.choice.dtype).itemsize,
+            seq_len=seq_len,
+            batch_size=self.batch_size,
+            threads=threads,
+            local=isinstance(open_storage(self.store), LocalStorage),
+            on_gpu=self.choice.device != "cpu",
+            gguf=self.model.endswith(".gguf"),
+        )
+
+    def check_memory(self, spec: StoreSpec, seq_len: int, model_config: Any) -> None:
+        """Refuse what does not fit, if the workers run on this machine; on a cluster Ray places them by memory."""
+        if not on_cluster(self.config):
+            needed = self.needs(spec, seq_len, model_config, self.threads)
             check_memory(needed, self.config.workers, spec.shard_rows)
 
 
@@ -110,54 +113,89 @@ def execute(
     plan: Plan, writer: StoreWriter, work: list[Work], model_config: Any, progress: Progress, *, verb: str
 ) -> Outcome:
     """Do the work and finalise the store; see `capture` for the errors."""
-    from actstore.capture.model import revision_of
-
     began = time.monotonic()
     if not work:
         writer.finalise()
         return NOTHING
     rows = sum(w.span.rows for w in work)
-    display = _Display(progress.step(verb, total=rows, unit="rows"), writer.spec, len(work))
-    with event_log(writer.storage) as log, ray_for(plan.config, plan.threads) as ray:
-        device, gpus = placement(ray, plan.config, plan.choice.device)
-        replica = ReplicaConfig(
-            model=plan.model,
-            revision=revision_of(model_config),
-            dtype=plan.choice.dtype,
-            attention=plan.choice.attention,
-            device=device,
-            store=plan.store,
-            batch_size=plan.batch_size,
-            threads=plan.threads,
-        )
-        about = {**asdict(replica), "model": public_name(plan.model)}
-        del about["store"]  # no machine's paths in a store
-        log.write(verb, buckets=len(work), rows=rows, **about)
-        workers = min(plan.config.workers, len(work))
-        pool = Pool(ray, replica, log, workers=workers, cpus=plan.threads, gpus=gpus, watch=display)
-        pool.run(deque(work))
-        outcome = display.outcome(began, pool.losses)
+    tasks = [Task("capture", w, key=w.bucket, name=f"bucket {w.bucket}") for w in work]
+    with event_log(writer.storage, progress.say) as log:
+        display = _Display(progress, verb, rows, writer.spec, len(work), log)
+        with _replicas(plan, writer, model_config) as replicas:
+            about = {**asdict(replicas.config), "model": public_name(plan.model)}
+            del about["store"]  # no machine's paths in a store
+            log.write(verb, buckets=len(work), rows=rows, **about)
+            with closing(Pool(replicas, log, workers=min(plan.config.workers, len(work)), watch=display)) as pool:
+                pool.run(tasks, display.done)
+                outcome = display.outcome(began, pool)
         log.write("done", **vars(outcome))
     writer.finalise()
-    return replace(outcome, seconds=time.monotonic() - began)
+    if missing := {w.bucket for w in work} - writer.committed():
+        raise CaptureError(
+            f"the store is not complete: {len(missing)} buckets that were captured are not committed, for example "
+            f"bucket {min(missing)}; another program changed this store meanwhile, run this again"
+        )
+    return replace(outcome, seconds=time.monotonic() - began, log_failures=log.failures)
+
+
+@contextmanager
+def _replicas(plan: Plan, writer: StoreWriter, model_config: Any) -> Generator[Replicas]:
+    """Where the plan's replicas run: in this process, or on Ray."""
+    from actstore.capture.model import revision_of
+
+    config, device = plan.config, plan.choice.device
+    replica = ReplicaConfig(
+        model=plan.model,
+        revision=revision_of(model_config),
+        dtype=plan.choice.dtype,
+        attention=plan.choice.attention,
+        device="balanced" if config.devices_per_worker > 1 else device,
+        store=plan.store,
+        batch_size=plan.batch_size,
+        threads=plan.threads,
+    )
+    if runs_here(config):
+        with closing(LocalReplicas(replica)) as here:
+            yield here
+        return
+
+    def memory(threads: int) -> int:
+        seq_len = max(s.tokens.seq_len for s in open_segments(writer.storage, writer.spec))
+        return plan.needs(writer.spec, seq_len, model_config, threads).total
+
+    cluster = on_cluster(config)
+    with ray_for(config, plan.threads) as ray:
+        if cluster:
+            check_directory(ray, config, plan.store)
+            request = request_for(ray, config, device, memory)
+        else:
+            request = Request(cpus=plan.threads, gpus=config.devices_per_worker if device != "cpu" else 0)
+        yield RayReplicas(ray, replica, request, threads=config.threads, cluster=cluster)
 
 
 class _Display:
     """The one progress display of a run, and its sums: rows, buckets, GB/s in and out, ratio, what went wrong."""
 
-    def __init__(self, step: Step, spec: StoreSpec, buckets: int) -> None:
-        self._step, self._planned = step, buckets
+    def __init__(self, progress: Progress, verb: str, rows: int, spec: StoreSpec, buckets: int, log: EventLog) -> None:
+        self._step, self._planned, self._log = progress.step(verb, total=rows, unit="rows"), buckets, log
+        self.say = progress.say
         self._row_bytes = sum(s.d * (4 if s.kind == "f32" else 2) for s in spec.sites.values())
         self.ready: float | None = None
         """When the first worker was."""
         self.sums: Counter[str] = Counter()
-        """Of the fields of all summaries."""
-        self.buckets = self._rows_stored = 0
+        """Of the figures of all summaries."""
+        self.outcomes: Counter[str] = Counter()
+        """Buckets by `BucketSummary.outcome`."""
+        self._rows_stored = self._rows_by_others = 0
 
-    def done(self, summary: BucketSummary) -> None:
+    def done(self, summary: BucketSummary, worker: int) -> None:
         """Count a finished bucket."""
-        self.buckets += 1
-        self.sums.update({k: v for k, v in vars(summary).items() if k != "bucket"})
+        self._log.write("bucket", worker=worker, **vars(summary))
+        self.outcomes[summary.outcome] += 1
+        if summary.outcome == "by_others":
+            self._rows_by_others += summary.rows
+            return
+        self.sums.update({k: v for k, v in vars(summary).items() if k not in ("bucket", "outcome")})
         self._rows_stored += summary.rows if summary.bytes_stored else 0
 
     def show(self, rows_in_work: int, pool: Pool) -> None:
@@ -167,25 +205,30 @@ class _Display:
             self._step.restart()
         elapsed = max(time.monotonic() - (self.ready or time.monotonic()), 1e-9)
         rows, out = self.sums["rows"] + rows_in_work, self.sums["bytes_stored"]
-        workers = f"{len(pool.live)} workers" if pool.live else f"waiting for a worker ({pool.needs})"
-        parts = [f"{self.buckets}/{self._planned} buckets", workers]
+        workers = f"{pool.live} worker{'s' * (pool.live != 1)}" if pool.live else f"waiting for a worker ({pool.needs})"
+        parts = [f"{self.outcomes.total()}/{self._planned} buckets", workers]
         if rows and self.ready:
             parts.append(f"{scaled(rows * self._row_bytes / elapsed)}B/s in")
         if out:
             parts += [f"{scaled(out / elapsed)}B/s out", f"ratio {self._rows_stored * self._row_bytes / out:.2f}"]
-        if self.sums["retries"]:
-            parts.append(f"{self.sums['retries']} requests sent again")
-        if pool.losses:
-            parts.append(f"{pool.losses} lost and taken back")
+        for number, what in (
+            (self.outcomes["by_others"], "by others"),
+            (self.sums["retries"], "requests sent again"),
+            (pool.losses, "lost and taken back"),
+            (pool.taken_over, "taken over by another run"),
+            (len(pool.quarantined), "nodes quarantined"),
+        ):
+            parts += [f"{number} {what}"] * bool(number)
         self._step.note(", ".join(parts))
-        self._step.advance(rows - self._step.done)
+        self._step.advance(rows + self._rows_by_others - self._step.done)
 
-    def outcome(self, began: float, losses: int) -> Outcome:
+    def outcome(self, began: float, pool: Pool) -> Outcome:
         """What the run has done by now."""
         now, sums = time.monotonic(), self.sums
         stages = {"forward": sums["forward_s"], "encode": sums["encode_s"], "upload": sums["put_s"]}
         return Outcome(
-            buckets=self.buckets,
+            buckets=self.outcomes["captured"] + self.outcomes["mended"],
+            buckets_by_others=self.outcomes["by_others"],
             rows_captured=sums["rows"],
             bytes_stored=sums["bytes_stored"],
             seconds=now - began,
@@ -193,8 +236,10 @@ class _Display:
             forward_s=float(stages["forward"]),
             encode_s=float(stages["encode"]),
             put_s=float(stages["upload"]),
-            bound=max(stages, key=lambda name: stages[name]),
-            buckets_mended=sums["mended"],
+            bound=max(stages, key=lambda name: stages[name]) if any(stages.values()) else "none",
+            buckets_mended=self.outcomes["mended"],
             retries=sums["retries"],
-            workers_lost=losses,
+            workers_lost=pool.losses,
+            taken_over=pool.taken_over,
+            nodes_quarantined=len(pool.quarantined),
         )

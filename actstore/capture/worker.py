@@ -1,28 +1,47 @@
 """A replica: one model that turns buckets into committed objects.
 
+Replicas run in the command's process or as Ray actors (`actstore.capture.replicas`). Errors leave a replica as values,
+so that the pool learns on which node what failed, with the traceback.
+
 `capture` runs in two threads at a time, and hands its forward passes to one thread that both share. So while one
 bucket's passes run, the other bucket is encoded and put, and then the token ids of the next are read. It is always the
 same thread because OpenMP keeps a team of threads for each one that computes: with two teams a CPU model lost a tenth
-of its speed (`docs/log.md`). `actstore.capture.memory` states what two buckets take. Each call keeps its own exception;
-activations leave through the store only.
+of its speed (`docs/log.md`). `actstore.capture.memory` states what two buckets take. Activations leave through the
+store only.
 """
 
+import errno
 import os
+import re
+import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore.capture.config import Precision
+from actstore.capture.events import without_secrets
 from actstore.capture.segments import Work
-from actstore.errors import mismatch
+from actstore.errors import (
+    ActstoreError,
+    CaptureError,
+    EncodingError,
+    IntegrityError,
+    MissingError,
+    TokensError,
+    mismatch,
+)
+from actstore.tokens.tokenizer import one_line
 
 CALLS_IN_FLIGHT = 2
 """Calls of `capture` that a replica may be given at a time: what bounds its memory to two buckets."""
+TRACEBACK_CHARACTERS = 8000
+"""The end of a traceback that is kept."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +64,39 @@ class BucketSummary:
 
     bucket: int
     rows: int
-    bytes_stored: int
-    """0 if another attempt had committed the bucket."""
-    mended: bool
-    """Whether only damaged objects were put again, because the rows came out as they were."""
-    forward_s: float
-    write_s: float
-    encode_s: float
+    outcome: Literal["captured", "mended", "by_others"]
+    """mended: only damaged objects were put again, because the rows came out as they were. by_others: another run, or a
+    worker that died before it could say so, had committed the bucket."""
+    bytes_stored: int = 0
+    forward_s: float = 0.0
+    write_s: float = 0.0
+    encode_s: float = 0.0
     """Per encoding thread, as is `put_s` per thread that puts: how long the stage would have taken alone."""
-    put_s: float
-    retries: int
+    put_s: float = 0.0
+    retries: int = 0
     """Requests to the store that this worker had to send once more since it last reported."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """A task that another run took over; it is to be looked at again later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a call failed."""
+
+    error: ActstoreError | None
+    """What actstore itself refused, as it is; None for any other error."""
+    text: str
+    """In one line."""
+    traceback: str
+    everywhere: bool
+    """Whether it would fail on any other node too."""
+
+
+class _StoppedError(Exception):
+    """Raised between two forward passes of a replica that is to stop."""
 
 
 @dataclass
@@ -77,39 +118,73 @@ class Replica:
     _rows: dict[int, int] = field(default_factory=dict[int, int])
     _loaded: _Loaded | None = None
     _counting: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: threading.Event = field(default_factory=threading.Event)
     _retries: int = 0
 
-    def start(self) -> dict[str, Any]:
-        """Load the model and open the store; says where it runs, for the log."""
+    def place(self) -> dict[str, Any]:
+        """The node that Ray chose, or this machine."""
+        ray = sys.modules.get("ray")
+        if ray is not None and ray.is_initialized():
+            return {"node": ray.get_runtime_context().get_node_id()}
+        return {"node": os.uname().nodename}
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What a method returns, or a `Failure`."""
+        try:
+            return getattr(self, method)(*arguments)
+        except Exception as e:  # noqa: BLE001  whatever torch, Ray's machines and their disks may raise
+            return _failure(e, self.config.store)
+
+    def start(self, environment: dict[str, str] | None = None, threads: int | None = None) -> dict[str, Any]:
+        """Load the model and open the store; says where it runs, for the log.
+
+        `environment` is added to this process's own, before anything reads it; `threads` replaces the configured ones.
+        """
         began = time.perf_counter()
+        os.environ.update(environment or {})
+        self.config = replace(self.config, threads=threads or self.config.threads)
         self._forward.submit(self._load).result()
-        return {"pid": os.getpid(), "host": os.uname().nodename, "seconds": round(time.perf_counter() - began, 3)}
+        return {
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "threads": self.config.threads,
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+
+    def stop(self) -> None:
+        """End the forward passes that run, after their batch."""
+        self._stopped.set()
 
     def rows_done(self) -> dict[int, int]:
         """Rows that went through the model, by bucket that is there now; for progress."""
         return dict(self._rows)
 
-    def capture(self, work: Work) -> BucketSummary:
+    def capture(self, work: Work) -> BucketSummary | Again:
         """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is mended."""
         from actstore.store.write.bucket import WriteTimes
-        from actstore.store.write.protocol import NotWritten
 
         loaded = self._loaded or self._forward.submit(self._load).result()
+        writer, by_others = loaded.writer, BucketSummary(work.bucket, work.span.rows, "by_others")
+        if not work.keys and _is_committed(writer, work.bucket):
+            return by_others
         ids = loaded.segments[work.segment].tokens.ids(work.span.first_sequence, work.span.stop_sequence)
         data, forward_s = self._forward.submit(self._rows_of, loaded, work, ids).result()
-        began, times, writer = time.perf_counter(), WriteTimes(), loaded.writer
-        mended = False
+        began, times = time.perf_counter(), WriteTimes()
+        mended, stored_bytes = False, 0
         if work.keys:
-            from actstore.store.maintain.repair import replace_shards
+            from actstore.store.maintain.repair import mend_bucket
 
-            mended = replace_shards(writer, work.bucket, data, work.keys, work.version)
-        written = None if mended else writer.write_arrays(work.bucket, data, condemned=work.version, times=times)
-        record = None if written is None or isinstance(written, NotWritten) else written
+            mended = mend_bucket(writer, work.bucket, data, work.keys)
+        if not mended:
+            made = _write(writer, work.bucket, data, condemned=bool(work.keys), times=times)
+            if not isinstance(made, int):
+                return Again() if made == "taken_over" else by_others
+            stored_bytes = made
         return BucketSummary(
             bucket=work.bucket,
             rows=work.span.rows,
-            bytes_stored=record.stored_bytes(writer.spec) if record else 0,
-            mended=mended,
+            outcome="mended" if mended else "captured",
+            bytes_stored=stored_bytes,
             forward_s=forward_s,
             write_s=time.perf_counter() - began,
             encode_s=times.encode_s / writer.threads,
@@ -132,6 +207,8 @@ class Replica:
         self._rows[work.bucket] = 0
 
         def advance(rows: int) -> None:
+            if self._stopped.is_set():
+                raise _StoppedError
             self._rows[work.bucket] += rows
 
         sites, rows = bucket_rows(
@@ -165,6 +242,46 @@ class Replica:
                 segments=segments,
             )
         return self._loaded
+
+
+def _failure(error: Exception, store: str) -> Failure:
+    """What a failed call says: which errors are certain to repeat on every node is decided here."""
+    from actstore.store.storage import LocalStorage, open_storage
+
+    everywhere = isinstance(error, (EncodingError, TokensError, IntegrityError))
+    refused = error if isinstance(error, ActstoreError) else None
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        refused = CaptureError(
+            f"no space left at {without_secrets(store)}; committed buckets are kept: free some space and run this again"
+        )
+        everywhere = not isinstance(open_storage(store), LocalStorage)
+    text = one_line(refused) if refused else f"{type(error).__name__}: {one_line(error)}"
+    lines = "".join(traceback.format_exception(error))
+    short = re.sub(r'File "[^"]*?/?((?:[^"/]+/){0,2}[^"/]+)"', r'File "\1"', lines)  # no paths of a machine
+    trace = without_secrets(short)[-TRACEBACK_CHARACTERS:]
+    return Failure(error=refused, text=without_secrets(text), traceback=trace, everywhere=everywhere)
+
+
+def _is_committed(writer: Any, bucket: int) -> bool:
+    if hasattr(writer, "is_committed"):
+        return writer.is_committed(bucket)
+    from actstore.store.format import record
+    from actstore.store.format.spec import METADATA_LIMIT
+
+    try:
+        data = writer.storage.get(record.commit_key(bucket), METADATA_LIMIT)
+    except MissingError:
+        return False
+    return isinstance(record.from_bytes(data, writer.spec, bucket), record.CommitRecord)
+
+
+def _write(writer: Any, bucket: int, data: dict[str, Any], **how: Any) -> int | Literal["committed", "taken_over"]:
+    """Bytes stored, or why nothing was: `write_arrays` says None, or a member of `NotWritten`."""
+    made = writer.write_arrays(bucket, data, **how)
+    if hasattr(made, "stored_bytes"):
+        return made.stored_bytes(writer.spec)
+    committed = made.name == "ALREADY_COMMITTED" if made is not None else _is_committed(writer, bucket)
+    return "committed" if committed else "taken_over"
 
 
 def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -199,7 +198,7 @@ def test_the_next_bucket_s_ids_are_read_while_a_bucket_s_passes_run(config, in_p
 
     def reading(self, first, stop):
         found = ids(self, first, stop)
-        if threading.current_thread().name.startswith("two-calls"):
+        if threading.current_thread().name.startswith("actstore-call"):
             read.release()
         return found
 
@@ -210,16 +209,8 @@ def test_the_next_bucket_s_ids_are_read_while_a_bucket_s_passes_run(config, in_p
             assert read.acquire(timeout=60), "the second bucket's ids wait for the first one's passes"
         return rows(*args, **options)
 
-    class TwoCalls(execute_module.Pool):
-        def run(self, todo):
-            self._quiet.start()
-            with ThreadPoolExecutor(2, "two-calls") as pool:
-                for summary in pool.map(self._quiet.capture, todo):
-                    self._told.done(summary)
-
     monkeypatch.setattr(TokenTable, "ids", reading)
     monkeypatch.setattr(bucket, "bucket_rows", passing)
-    monkeypatch.setattr(execute_module, "Pool", TwoCalls)
     capture(config, QUIET)
     assert passes > 1
     check_store(config)
