@@ -24,16 +24,18 @@ from tiny import config_of, model_of, save, save_gguf, tokenizer_of
 from actstore import keyed
 from actstore.capture import CaptureConfig, bucket, capture, parse_sites
 from actstore.capture import execute as execute_module
-from actstore.capture import pool as pool_module
 from actstore.capture import run as run_module
+from actstore.capture import worker as worker_module
 from actstore.capture.bucket import bucket_rows
 from actstore.capture.forward import activations, decoder_of
 from actstore.capture.model import load_config, load_model, model_identity
 from actstore.capture.precision import saved_precision
-from actstore.errors import ActstoreError, CaptureError, MismatchError, TokensError
+from actstore.errors import CaptureError, EncodingError, MismatchError, TokensError
 from actstore.progress import Progress
-from actstore.store import open_store, open_writer
+from actstore.store import StoreWriter, open_store, open_writer
+from actstore.store.format import record
 from actstore.store.storage import PARTIAL
+from actstore.store.write.attempt import Attempt
 from actstore.tokens import TokenizeConfig, TokenTable, open_tokens, row_starts, rows_of, span_of, tokenize
 from actstore.tokens.tokenizer import load_tokenizer
 
@@ -369,6 +371,105 @@ def test_interrupted_and_killed_captures_end_in_the_undisturbed_store(config, in
     assert not [k for k in objects if objects[k] != expected[k]]
 
 
+def test_a_local_run_is_interrupted_after_its_batch_and_continued_without_ray(config, tmp_path):
+    config = replace(config, bucket_rows=64, shard_rows=64, batch_size=1)
+    store = tmp_path / "store"
+    process = start(config)
+    wait_for(lambda: len(commits(store)) >= 3, process, "the third commit")
+    assert not psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=400)
+    assert time.monotonic() - began < 60
+    assert "KeyboardInterrupt" in output
+    done = commits(store)
+    assert 3 <= len(done) < open_writer(config.out).buckets
+    before = files_of(store)
+    summary = capture(config, QUIET)
+    assert (summary.buckets_before, summary.buckets) == (len(done), open_writer(config.out).buckets - len(done))
+    assert all(
+        files_of(store)[k] == before[k] for k in before if int(k.partition("/c/")[2].partition("/")[0] or -1) in done
+    )
+    check_store(config)
+    assert [json.loads(line)["error"] for line in log_lines(store) if '"failed"' in line] == ["KeyboardInterrupt"]
+
+
+def log_lines(store: Path) -> list[str]:
+    return [line for path in sorted((store / "events").rglob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), RuntimeError("CUDA error: ECC")])
+def test_a_local_bucket_that_fails_is_tried_again(config, monkeypatch, fault):
+    failed, rows = [], bucket.bucket_rows
+
+    def failing(*args, **options):
+        if len(failed) < 2:
+            failed.append(1)
+            raise fault
+        return rows(*args, **options)
+
+    monkeypatch.setattr(bucket, "bucket_rows", failing)
+    summary = capture(config, QUIET)
+    assert summary.workers_lost == 2
+    check_store(config)
+    monkeypatch.setattr(bucket, "bucket_rows", lambda *_, **__: (_ for _ in ()).throw(fault))
+    with pytest.raises(
+        CaptureError, match=r"no worker can go on, committed buckets are kept: .*, 3 failures: .*Error"
+    ) as error:
+        capture(replace(config, out=config.out + "2"), QUIET)
+    assert str(fault) in str(error.value)
+    traces = [json.loads(line).get("traceback", "") for line in log_lines(Path(config.out + "2"))]
+    assert any("Traceback" in t and 'File "actstore/capture/worker.py"' in t for t in traces)
+
+
+def test_a_committed_bucket_costs_no_forward_pass_and_a_taken_one_is_taken_back(config, monkeypatch):
+    """Another run commits one bucket, and takes another over and dies: neither is this run's, the store is complete."""
+    committed, dead = 2, 4
+    passes, begin, rows = [], Attempt.begin.__func__, bucket.bucket_rows
+    whole = replace(config, out=config.out + "-whole")
+    capture(whole, QUIET)
+
+    def committing(*args, **options):
+        if not passes:  # while bucket 0 is in work
+            other, stored = open_writer(config.out), zarr.open_group(whole.out, mode="r")
+            part = slice(*other.bucket_range(committed))
+            arrays = {name: stored[name][part] for name in [*other.spec.sites, "sequence", "position", "token_id"]}
+            bits = {name: x if x.dtype == np.int32 else x.view(np.uint16) for name, x in arrays.items()}
+            assert other.write_arrays(committed, bits)
+        passes.append(1)
+        return rows(*args, **options)
+
+    def beginning(cls, storage, spec, number, **how):
+        attempt = begin(cls, storage, spec, number, **how)
+        if number == dead and not taken:
+            taken.append(number)
+            key = record.commit_key(number)
+            assert storage.replace(key, record.intent_bytes(number, "another"), storage.stat(key).version)
+        return attempt
+
+    taken = []
+    monkeypatch.setattr(bucket, "bucket_rows", committing)
+    monkeypatch.setattr(Attempt, "begin", classmethod(beginning))
+    summary = capture(config, QUIET)
+    buckets = open_store(config.out).spec.buckets
+    assert (summary.buckets_by_others, summary.buckets, summary.taken_over) == (1, buckets - 1, 1)
+    assert len(passes) == buckets  # one less for the committed bucket, one more for the one that was taken over
+    assert summary.rows_captured == open_store(config.out).rows - config.bucket_rows
+    check_store(config)
+
+
+def test_a_store_that_is_not_complete_at_the_end_is_an_error(config, monkeypatch):
+    finalise = StoreWriter.finalise
+
+    def finalising(self):
+        next(Path(config.out, "commits").glob("*1.json")).unlink()
+        finalise(self)
+
+    monkeypatch.setattr(StoreWriter, "finalise", finalising)
+    with pytest.raises(CaptureError, match="the store is not complete: 1 buckets that were captured are not committed"):
+        capture(config, QUIET)
+
+
 def test_an_error_in_a_worker_arrives_as_one_line(config, monkeypatch):
     real = run_module.copy_tokens
 
@@ -383,18 +484,25 @@ def test_an_error_in_a_worker_arrives_as_one_line(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cause", "message"),
+    ("error", "message", "everywhere"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left at /out; committed buckets are kept"),
-        (RuntimeError("CUDA out of\n memory"), "bucket 3 failed in a worker: RuntimeError: CUDA out of memory"),
-        (TokensError("as it is"), "as it is"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "no space left at gs://lab/out; committed buckets are",
+            True,
+        ),
+        (RuntimeError("CUDA out of\n memory"), "RuntimeError: CUDA out of memory", False),
+        (OSError(errno.EIO, "Input/output error"), "OSError: [Errno 5] Input/output error", False),
+        (TokensError("as it is"), "as it is", True),
+        (EncodingError("row 3 holds NaN"), "row 3 holds NaN", True),
+        (MismatchError("other versions"), "other versions", False),
     ],
 )
-def test_other_failures_are_told_in_one_line(cause, message):
-    found = pool_module._plain(SimpleNamespace(cause=cause), "bucket 3", "/out")
-    assert isinstance(found, ActstoreError)
-    assert str(found).startswith(message)
-    assert "\n" not in str(found)
+def test_failures_are_told_in_one_line_and_sorted_by_whether_they_repeat_everywhere(error, message, everywhere):
+    found = worker_module._failure(error, "gs://lab/out")
+    assert found.text.startswith(message)
+    assert "\n" not in found.text
+    assert found.everywhere == everywhere
 
 
 # -- what is wrong is named before anything starts --------------------------------------------------------------------
