@@ -15,7 +15,7 @@ from typing import Any
 from actstore.capture.cluster import check_directory, on_cluster, ray_for, request_for, runs_here, runtime_environment
 from actstore.capture.config import WorkersConfig
 from actstore.capture.events import EventLog, event_log
-from actstore.capture.memory import Needs, check_memory, needs
+from actstore.capture.memory import check_memory
 from actstore.capture.pool import Pool, Task
 from actstore.capture.precision import Choice
 from actstore.capture.replicas import LocalReplicas, RayReplicas, Replicas, Request
@@ -24,7 +24,6 @@ from actstore.capture.worker import BucketSummary, ReplicaConfig
 from actstore.errors import CaptureError
 from actstore.progress import Progress, scaled
 from actstore.store import StoreSpec, StoreWriter
-from actstore.store.storage import LocalStorage, open_storage
 from actstore.tokens.tokenizer import public_name
 
 
@@ -86,26 +85,25 @@ class Plan:
         """CPU threads per worker on this machine."""
         return self.config.threads or max(1, (os.cpu_count() or 1) // self.config.workers)
 
-    def needs(self, spec: StoreSpec, seq_len: int, model_config: Any, threads: int) -> Needs:
-        """What a replica with so many threads needs in memory."""
-        import torch
+    def replica(self, model_config: Any) -> ReplicaConfig:
+        """What its workers are told."""
+        from actstore.capture.model import revision_of
 
-        return needs(
-            spec,
-            model_config,
-            dtype_bytes=getattr(torch, self.choice.dtype).itemsize,
-            seq_len=seq_len,
+        return ReplicaConfig(
+            model=self.model,
+            revision=revision_of(model_config),
+            dtype=self.choice.dtype,
+            attention=self.choice.attention,
+            device="balanced" if self.config.devices_per_worker > 1 else self.choice.device,
+            store=self.store,
             batch_size=self.batch_size,
-            threads=threads,
-            local=isinstance(open_storage(self.store), LocalStorage),
-            on_gpu=self.choice.device != "cpu",
-            gguf=self.model.endswith(".gguf"),
+            threads=self.threads,
         )
 
     def check_memory(self, spec: StoreSpec, seq_len: int, model_config: Any) -> None:
         """Refuse what does not fit, if the workers run on this machine; on a cluster Ray places them by memory."""
         if not on_cluster(self.config):
-            needed = self.needs(spec, seq_len, model_config, self.threads)
+            needed = self.replica(model_config).needs(spec, seq_len, model_config)
             check_memory(needed, self.config.workers, spec.shard_rows)
 
 
@@ -125,7 +123,8 @@ def execute(
             about = {**asdict(replicas.config), "model": public_name(plan.model)}
             del about["store"]  # no machine's paths in a store
             log.write(verb, buckets=len(work), rows=rows, **about)
-            with closing(Pool(replicas, log, workers=min(plan.config.workers, len(work)), watch=display)) as pool:
+            workers = min(plan.config.workers, len(work))
+            with closing(Pool(replicas, log, workers=workers, show=display.show, say=progress.say)) as pool:
                 pool.run(tasks, display.done)
                 outcome = display.outcome(began, pool)
         log.write("done", **vars(outcome))
@@ -141,19 +140,7 @@ def execute(
 @contextmanager
 def _replicas(plan: Plan, writer: StoreWriter, model_config: Any) -> Generator[Replicas]:
     """Where the plan's replicas run: in this process, or on Ray."""
-    from actstore.capture.model import revision_of
-
-    config, device = plan.config, plan.choice.device
-    replica = ReplicaConfig(
-        model=plan.model,
-        revision=revision_of(model_config),
-        dtype=plan.choice.dtype,
-        attention=plan.choice.attention,
-        device="balanced" if config.devices_per_worker > 1 else device,
-        store=plan.store,
-        batch_size=plan.batch_size,
-        threads=plan.threads,
-    )
+    config, device, replica = plan.config, plan.choice.device, plan.replica(model_config)
     if runs_here(config):
         with closing(LocalReplicas(replica)) as here:
             yield here
@@ -161,7 +148,7 @@ def _replicas(plan: Plan, writer: StoreWriter, model_config: Any) -> Generator[R
 
     def memory(threads: int) -> int:
         seq_len = max(s.tokens.seq_len for s in open_segments(writer.storage, writer.spec))
-        return plan.needs(writer.spec, seq_len, model_config, threads).total
+        return replace(replica, threads=threads).needs(writer.spec, seq_len, model_config).total
 
     cluster = on_cluster(config)
     with ray_for(config, plan.threads) as ray:
@@ -178,7 +165,6 @@ class _Display:
 
     def __init__(self, progress: Progress, verb: str, rows: int, spec: StoreSpec, buckets: int, log: EventLog) -> None:
         self._step, self._planned, self._log = progress.step(verb, total=rows, unit="rows"), buckets, log
-        self.say = progress.say
         self._row_bytes = sum(s.d * (4 if s.kind == "f32" else 2) for s in spec.sites.values())
         self.ready: float | None = None
         """When the first worker was."""

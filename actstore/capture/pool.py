@@ -20,7 +20,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from actstore.capture.events import EventLog
 from actstore.capture.replicas import LostError, Replicas
@@ -51,19 +51,6 @@ class Task:
     """What messages call it."""
 
 
-@runtime_checkable
-class Watch(Protocol):
-    """Who is told how a run goes."""
-
-    def show(self, rows_in_work: int, pool: "Pool") -> None:
-        """Some time has passed; so many rows of unfinished buckets have left the models."""
-        ...
-
-    def say(self, line: str) -> None:
-        """Something that the user should know now."""
-        ...
-
-
 @dataclass
 class _Worker:
     handle: Any = None
@@ -88,9 +75,21 @@ class _Call:
 class Pool:
     """The replicas of one run. `run` may be called again with other tasks; the replicas keep their models."""
 
-    def __init__(self, replicas: Replicas, log: EventLog, *, workers: int, watch: Watch) -> None:
-        """Ask for `workers` replicas."""
-        self._replicas, self._log, self._watch = replicas, log, watch
+    def __init__(
+        self,
+        replicas: Replicas,
+        log: EventLog,
+        *,
+        workers: int,
+        show: Callable[[int, "Pool"], None],
+        say: Callable[[str], None],
+    ) -> None:
+        """Ask for `workers` replicas.
+
+        `show` is called every now and then, with the number of rows of unfinished buckets that have left the models;
+        `say` with what the user should know now.
+        """
+        self._replicas, self._log, self._show, self._say = replicas, log, show, say
         self._calls: dict[Any, _Call] = {}
         self._delayed: list[tuple[float, Task]] = []
         self._retries: Counter[str] = Counter()
@@ -138,7 +137,7 @@ class Pool:
                 self._answer(self._calls.pop(reference), reference, todo, done)
             self._check_progress()
             in_work = {call.task.key for call in self._calls.values() if call.task}
-            self._watch.show(sum(rows for key, rows in self._rows.items() if key in in_work), self)
+            self._show(sum(rows for key, rows in self._rows.items() if key in in_work), self)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -251,7 +250,7 @@ class Pool:
             self._place(number)
         else:
             worker.state = "gone"
-            self._watch.say(
+            self._say(
                 f"worker {number} could not be started {ATTEMPTS} times, the run goes on without it: {failure.text}"
             )
 
@@ -272,7 +271,7 @@ class Pool:
             self.quarantined.add(node)
             name, error = self._replicas.name(node), self._failures[node][-1]
             self._log.write("quarantine", node=name, failures=failures)
-            self._watch.say(f"no more tasks for {name} after {_failures(failures)}: {error}")
+            self._say(f"no more tasks for {name} after {_failures(failures)}: {error}")
 
     def _leave_quarantined_nodes(self) -> None:
         busy = {call.worker for call in self._calls.values() if call.task}
@@ -296,7 +295,7 @@ class Pool:
         if now - self._said > WAITING_S:
             self._said = now
             self._log.write("waiting", needs=self.needs)
-            self._watch.say(f"waiting for a machine with {self.needs} free")
+            self._say(f"waiting for a machine with {self.needs} free")
 
     def _causes(self) -> str:
         """What each node failed with last: nodes of one cause on one line."""

@@ -144,7 +144,9 @@ class RayReplicas:
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayError as e:
-            raise LostError(f"the worker's process ended: {one_line(e)}") from e
+            raise LostError(
+                f"the worker's process ended; if its memory ran out, lower --bucket-rows or --batch-size: {one_line(e)}"
+            ) from e
 
     def discard(self, handle: Any) -> None:
         """End a replica, whatever it is doing."""

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from actstore.capture.config import Precision
 from actstore.capture.events import without_secrets
+from actstore.capture.memory import Needs, check_memory, needs
 from actstore.capture.segments import Work
 from actstore.errors import (
     ActstoreError,
@@ -36,6 +37,8 @@ from actstore.errors import (
     TokensError,
     mismatch,
 )
+from actstore.store import StoreSpec
+from actstore.store.storage import LocalStorage, open_storage
 from actstore.tokens.tokenizer import one_line
 
 CALLS_IN_FLIGHT = 2
@@ -56,6 +59,22 @@ class ReplicaConfig:
     store: str
     batch_size: int
     threads: int
+
+    def needs(self, spec: StoreSpec, seq_len: int, model_config: Any) -> Needs:
+        """What the replica takes in memory."""
+        import torch
+
+        return needs(
+            spec,
+            model_config,
+            dtype_bytes=getattr(torch, self.dtype).itemsize,
+            seq_len=seq_len,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            local=isinstance(open_storage(self.store), LocalStorage),
+            on_gpu=self.device != "cpu",
+            gguf=self.model.endswith(".gguf"),
+        )
 
 
 @dataclass(frozen=True)
@@ -246,8 +265,6 @@ class Replica:
 
 def _failure(error: Exception, store: str) -> Failure:
     """What a failed call says: which errors are certain to repeat on every node is decided here."""
-    from actstore.store.storage import LocalStorage, open_storage
-
     everywhere = isinstance(error, (EncodingError, TokensError, IntegrityError))
     refused = error if isinstance(error, ActstoreError) else None
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -289,10 +306,8 @@ def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
     import psutil
     import torch
 
-    from actstore.capture.memory import check_memory, needs
     from actstore.capture.model import load_config, load_model, model_identity, without_head
     from actstore.capture.sites import num_layers, parse_sites
-    from actstore.store.storage import LocalStorage, open_storage
 
     model_config = load_config(config.model)
     recorded = spec.provenance["model"]
@@ -301,17 +316,7 @@ def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
     if here != recorded:
         remedy = "Give every worker the same model and versions."
         raise mismatch("the model on this worker", here, recorded, remedy)
-    needed = needs(
-        spec,
-        model_config,
-        dtype_bytes=getattr(torch, config.dtype).itemsize,
-        seq_len=seq_len,
-        batch_size=config.batch_size,
-        threads=config.threads,
-        local=isinstance(open_storage(config.store), LocalStorage),
-        on_gpu=config.device != "cpu",
-        gguf=config.model.endswith(".gguf"),
-    )
+    needed = config.needs(spec, seq_len, model_config)
     check_memory(needed, 1, spec.shard_rows, resident=psutil.Process().memory_info().rss)
     torch.set_num_threads(config.threads)
     model = load_model(

@@ -129,7 +129,9 @@ def run(nodes, num_tasks, *, workers=3, seed=0, tasks=(), grows=False):
     cluster, done, said = SimulatedCluster(nodes, dict(tasks), seed, grows), [], Said()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "time", SimpleNamespace(monotonic=lambda: cluster.now))
-        pool = Pool(cluster, EventLog(open_storage("memory://pool"), said.say), workers=workers, watch=said)
+        pool = Pool(
+            cluster, EventLog(open_storage("memory://pool"), said.say), workers=workers, show=said.show, say=said.say
+        )
         todo = [Task("capture", i, key=i, name=f"bucket {i}") for i in range(num_tasks)]
         try:
             pool.run(todo, lambda result, _: done.append(result))
@@ -217,7 +219,10 @@ def test_a_task_that_another_run_took_over_is_left_to_it_for_longer_each_time():
     cluster.tasks[0] = again
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "time", SimpleNamespace(monotonic=lambda: cluster.now))
-        pool, done = Pool(cluster, EventLog(open_storage("memory://pool"), print), workers=1, watch=Said()), []
+        pool, done = (
+            Pool(cluster, EventLog(open_storage("memory://pool"), print), workers=1, show=Said().show, say=print),
+            [],
+        )
         pool.run([Task("capture", i, key=i, name=f"bucket {i}") for i in range(3)], lambda r, _: done.append(r))
     assert sorted(done) == [0, 1, 2]
     assert pool.taken_over == 4
@@ -236,11 +241,11 @@ def test_where_no_machine_can_come_the_run_ends_and_where_one_may_it_waits_and_s
             if cluster.now > 10 * JOIN_S:
                 cluster.nodes["large"] = (1, "none")
 
-        say = said.append
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "time", SimpleNamespace(monotonic=lambda: cluster.now))
-        pool = Pool(cluster, EventLog(open_storage("memory://pool"), print), workers=1, watch=Grows())
+        pool = Pool(
+            cluster, EventLog(open_storage("memory://pool"), print), workers=1, show=Grows().show, say=said.append
+        )
         pool.run([Task("capture", 0, key=0, name="bucket 0")], lambda r, _: done.append(r))
     assert done == [0]
     assert set(said) == {"waiting for a machine with 1 CPU free"}

@@ -174,7 +174,7 @@ def test_repair_takes_the_store_s_precision(run, monkeypatch, tmp_path):
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(run, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    for changes in ({"device": "cuda"}, {"devices_per_worker": 2}):
+    for changes in ({"device": "cuda"}, {"devices_per_worker": 2.0}):
         with pytest.raises(CaptureError, match="GPUs per worker: torch finds 0 on this machine; use --device cpu"):
             run(**{"device": "auto", **changes})
     assert not (tmp_path / "store").exists()
