@@ -163,5 +163,7 @@ def request_for(ray: Any, config: WorkersConfig, device: str, memory: Callable[[
         fitting = (n for n in range(max(sizes, default=1), 0, -1) if sum(s // n for s in sizes) >= config.workers)
         cpus = next(fitting, 1)
     request = Request(cpus=cpus, gpus=gpus)
-    threads = config.threads or max((request.threads_on(has) for has in nodes), default=cpus)
+    threads = config.threads or max(
+        (request.threads_on(has) for has in nodes if has.get("GPU", 0) >= gpus), default=cpus
+    )
     return replace(request, memory=memory(threads))

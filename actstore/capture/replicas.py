@@ -30,6 +30,9 @@ class LocalReplicas:
 
     def __init__(self, config: ReplicaConfig) -> None:
         """Make the replica; its model is loaded by `start`."""
+        import torch
+
+        self._torch_threads = torch.get_num_threads()
         self.config, self.needs = config, "this process"
         self._replica = Replica(config)
         self._calls = ThreadPoolExecutor(CALLS_IN_FLIGHT + 1, "actstore-call")
@@ -63,8 +66,11 @@ class LocalReplicas:
 
     def close(self) -> None:
         """End after the forward pass that runs now, and after the bucket that is being written."""
+        import torch
+
         self._replica.stop()
         self._calls.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,6 +173,7 @@ class Replica:
     def stop(self) -> None:
         """End the forward passes that run, after their batch."""
         self._stopped.set()
+        self._forward.shutdown(wait=False, cancel_futures=True)
 
     def rows_done(self) -> dict[int, int]:
         """Rows that went through the model, by bucket that is there now; for progress."""

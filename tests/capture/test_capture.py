@@ -590,7 +590,13 @@ def test_another_store_at_the_target_is_refused(config, in_process, monkeypatch)
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"workers": 0}, "workers is 0"), ({"rows": -1}, "rows is -1"), ({"out": "memory://x"}, "live in one process")],
+    [
+        ({"workers": 0}, "workers is 0"),
+        ({"rows": -1}, "rows is -1"),
+        ({"out": "memory://x"}, "live in one process"),
+        ({"devices_per_worker": 1.5}, "devices_per_worker is 1.5, expected a whole number, or a part of one GPU"),
+        ({"devices_per_worker": 0.0}, "devices_per_worker is 0, expected"),
+    ],
 )
 def test_settings_are_checked(config, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.capture import pool as pool_module
+from actstore.capture.cluster import request_for
+from actstore.capture.config import WorkersConfig
 from actstore.capture.events import EventLog, without_secrets
 from actstore.capture.pool import ATTEMPTS, JOIN_S, NODE_FAILURES, TASK_NODES, WAITING_S, Pool, Task
-from actstore.capture.replicas import LocalReplicas, LostError
+from actstore.capture.replicas import LocalReplicas, LostError, Request, may_grow
 from actstore.capture.worker import CALLS_IN_FLIGHT, Again, Failure
 from actstore.errors import CaptureError, EncodingError, MismatchError, StoreError
 from actstore.store.storage import open_storage
@@ -258,6 +260,41 @@ def test_a_worker_that_never_starts_is_given_up_and_the_others_go_on():
     assert [line for line in said if f"could not be started {ATTEMPTS} times" in line and "'actstore'" in line]
     with pytest.raises(CaptureError, match=r"no worker can go on.*No module named 'actstore'"):
         run({"bad": (2, "no process")}, 60, workers=2)
+
+
+def cluster_of(*nodes, **labels):
+    """What Ray says of a cluster whose nodes have these resources."""
+    about = [{"NodeID": f"{i:056}", "Alive": True, "Resources": n, "Labels": labels} for i, n in enumerate(nodes)]
+    return SimpleNamespace(nodes=lambda: about)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cpus"),
+    [([64, 64], 2, 64), ([64, 64], 3, 32), ([8, 64], 2, 32), ([8], 64, 1), ([], 4, 1), ([0, 16], 1, 16)],
+)
+def test_cpu_workers_share_the_cores_of_the_nodes_that_are_up(nodes, workers, cpus, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 96)  # the command's own machine says nothing about the cluster
+    ray = cluster_of(*({"CPU": float(n)} for n in nodes))
+    given = []
+    request = request_for(ray, WorkersConfig(workers=workers, address="auto"), "cpu", lambda t: given.append(t) or 7)
+    assert (request, given) == (Request(cpus=cpus, gpus=0.0, memory=7), [cpus])
+
+
+def test_gpu_workers_use_their_share_of_the_node_and_ask_for_one_core():
+    has = {"CPU": 96.0, "GPU": 8.0}
+    for devices, threads in ((1.0, 12), (4.0, 48), (0.5, 6)):
+        config, given = WorkersConfig(workers=64, devices_per_worker=devices), []
+        request = request_for(cluster_of({"CPU": 8.0}, has), config, "cuda", lambda t, g=given: g.append(t) or 7)
+        assert request == Request(cpus=1, gpus=devices, memory=7)
+        assert request.threads_on(has) == threads
+        assert given == [threads]
+    config = WorkersConfig(workers=64, threads=3)
+    assert request_for(cluster_of(has), config, "cuda", lambda _: 7).cpus == 3
+
+
+def test_a_cluster_with_an_autoscaler_may_grow():
+    assert not may_grow(cluster_of({"CPU": 8.0}, **{"ray.io/node-id": "1"}))
+    assert may_grow(cluster_of({"CPU": 8.0}, **{"ray.io/node-group": "head"}))
 
 
 def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path):
