@@ -339,6 +339,7 @@ def test_a_cluster_s_gpus_decide_on_precision_and_are_waited_for(cluster, config
     assert "waiting for a machine with 1 CPU, 1 GPU, 0." in screen.file.getvalue()
 
 
+@pytest.mark.slow
 def test_replicas_are_placed_by_memory_and_parts_of_gpus(cluster, config):
     import ray
 
