@@ -313,7 +313,7 @@ def test_the_log_says_what_happened_and_names_no_path(config, folder):
     (key,) = storage.list("events")
     text = storage.get(key).decode()
     lines = [json.loads(line) for line in text.splitlines()]
-    assert [e["event"] for e in lines] == ["capture", "done"]
+    assert [e["event"] for e in lines] == ["capture", "worker", *["bucket"] * done.buckets, "done"]
     assert lines[0]["rows"] == done.rows == lines[-1]["rows_captured"]
     assert done.bound in ("forward", "encode", "upload")
     assert str(folder) not in text
@@ -335,8 +335,8 @@ def test_a_writer_sees_buckets_of_an_extension_in_work(config, folder):
     real = execute_module.Pool.run
 
     class Interrupted(execute_module.Pool):
-        def run(self, todo):
-            real(self, type(todo)(list(todo)[:1]))
+        def run(self, tasks, done):
+            real(self, tasks[:1], done)
             raise KeyboardInterrupt
 
     more = replace(config, tokens=str(folder / "more"), extend=True)
