@@ -51,7 +51,7 @@ def ray_for(config: WorkersConfig, threads: int) -> Generator[Any]:
         ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"),
         ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
         ("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1"),  # a submitted job has a runtime environment already
-        ("RAY_worker_niceness", "0"),  # else 15, and whatever else the machine does comes first
+        ("RAY_worker_niceness", "0"),  # else 15, behind every other process of the machine
     ):
         os.environ.setdefault(name, value)
     import ray

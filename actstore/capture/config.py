@@ -13,8 +13,8 @@ class WorkersConfig:
     """What carries a run out; no stored value depends on it."""
 
     workers: int = 1
-    """Model replicas. A single one on this machine runs in this process, more of them are Ray actors; those the cluster
-    has no room for yet start when it grows."""
+    """Model replicas. A single one on this machine runs in this process; several are Ray actors. A replica that the
+    cluster has no room for yet starts when it grows."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto: on a cluster on GPUs, else on this machine's GPU if it has one."""
     devices_per_worker: float = 1.0

@@ -1,4 +1,4 @@
-"""The run's log in the store: `events/<run>/<n>.jsonl`, one JSON object a line, for whoever asks later what happened.
+"""The run's log in the store: `events/<run>/<n>.jsonl`, one JSON object a line: who did what, and what failed.
 
 Object stores can't append, so lines are put in pieces, every `FLUSH_S` seconds and at the end. The log is no part of
 the store's state: readers ignore it, and a run that dies loses the lines of its last seconds. A thread puts the pieces,
@@ -76,7 +76,7 @@ class EventLog:
                 self._storage.put(f"{self.prefix}/{self._pieces:06}.jsonl", piece.encode())
                 self._pieces += 1
                 del self._lines[:num_lines]
-        except Exception as e:  # noqa: BLE001  whatever a storage raises, the run is more important than its log
+        except Exception as e:  # noqa: BLE001  a storage may raise anything, and the run goes on without its log
             self.failures += 1
             if self.failures == 1:
                 self._say(f"the run's log can't be written, the run goes on: {without_secrets(one_line(e))}")

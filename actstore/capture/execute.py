@@ -1,7 +1,7 @@
 """Carrying out a plan: start replicas, run them over the work, watch, finalise, and say what bounded the run.
 
 Forward passes, encoding and putting overlap, so the slowest of them bounds a run: each is summed as the time it would
-have taken alone, and the longest is named.
+have taken without the others, and the longest is named.
 """
 
 import os
@@ -49,8 +49,8 @@ class Outcome:
     put_s: float = 0.0
     bound: str = "none"
     """The stage that took longest: forward, encode or upload; none if there was nothing to do."""
-    buckets_mended: int = 0
-    """Of a repair: those whose rows came out as they were, so that only damaged objects were put."""
+    buckets_repaired: int = 0
+    """Buckets of a repair whose rows came out as before, so that only damaged objects were put."""
     retries: int = 0
     """Requests to the store that had to be sent once more."""
     workers_lost: int = 0
@@ -213,7 +213,7 @@ class _Display:
         now, sums = time.monotonic(), self.sums
         stages = {"forward": sums["forward_s"], "encode": sums["encode_s"], "upload": sums["put_s"]}
         return Outcome(
-            buckets=self.outcomes["captured"] + self.outcomes["mended"],
+            buckets=self.outcomes["captured"] + self.outcomes["repaired"],
             buckets_by_others=self.outcomes["by_others"],
             rows_captured=sums["rows"],
             bytes_stored=sums["bytes_stored"],
@@ -223,7 +223,7 @@ class _Display:
             encode_s=float(stages["encode"]),
             put_s=float(stages["upload"]),
             bound=max(stages, key=lambda name: stages[name]) if any(stages.values()) else "none",
-            buckets_mended=self.outcomes["mended"],
+            buckets_repaired=self.outcomes["repaired"],
             retries=sums["retries"],
             workers_lost=pool.losses,
             taken_over=pool.taken_over,

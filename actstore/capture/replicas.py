@@ -155,7 +155,7 @@ class RayReplicas:
             ) from e
 
     def discard(self, handle: Any) -> None:
-        """End a replica, whatever it is doing."""
+        """End a replica at once."""
         with suppress(ValueError, self._ray.exceptions.RayError):  # it may be gone already
             self._ray.kill(handle)
 

@@ -83,14 +83,14 @@ class BucketSummary:
 
     bucket: int
     rows: int
-    outcome: Literal["captured", "mended", "by_others"]
-    """mended: only damaged objects were put again, because the rows came out as they were. by_others: another run, or a
-    worker that died before it could say so, had committed the bucket."""
+    outcome: Literal["captured", "repaired", "by_others"]
+    """repaired: only damaged objects were put, because the rows came out as before. by_others: another run committed the
+    bucket, or a worker that died before it could report it."""
     bytes_stored: int = 0
     forward_s: float = 0.0
     write_s: float = 0.0
     encode_s: float = 0.0
-    """Per encoding thread, as is `put_s` per thread that puts: how long the stage would have taken alone."""
+    """Per encoding thread, as is `put_s` per thread that puts: what the stage takes without the others."""
     put_s: float = 0.0
     retries: int = 0
     """Requests to the store that this worker had to send once more since it last reported."""
@@ -151,7 +151,7 @@ class Replica:
         """What a method returns, or a `Failure`."""
         try:
             return getattr(self, method)(*arguments)
-        except Exception as e:  # noqa: BLE001  whatever torch, Ray's machines and their disks may raise
+        except Exception as e:  # noqa: BLE001  torch, drivers and disks raise anything
             return _failure(e, self.config.store)
 
     def start(self, environment: dict[str, str] | None = None, threads: int | None = None) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Replica:
         return dict(self._rows)
 
     def capture(self, work: Work) -> BucketSummary | Again:
-        """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is mended."""
+        """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is repaired."""
         from actstore.store.write.bucket import WriteTimes
 
         loaded = self._loaded or self._forward.submit(self._load).result()
@@ -190,12 +190,12 @@ class Replica:
         ids = loaded.segments[work.segment].tokens.ids(work.span.first_sequence, work.span.stop_sequence)
         data, forward_s = self._forward.submit(self._rows_of, loaded, work, ids).result()
         began, times = time.perf_counter(), WriteTimes()
-        mended, stored_bytes = False, 0
+        repaired, stored_bytes = False, 0
         if work.keys:
             from actstore.store.maintain.repair import mend_bucket
 
-            mended = mend_bucket(writer, work.bucket, data, work.keys)
-        if not mended:
+            repaired = mend_bucket(writer, work.bucket, data, work.keys)
+        if not repaired:
             made = _write(writer, work.bucket, data, condemned=bool(work.keys), times=times)
             if not isinstance(made, int):
                 return Again() if made == "taken_over" else by_others
@@ -203,7 +203,7 @@ class Replica:
         return BucketSummary(
             bucket=work.bucket,
             rows=work.span.rows,
-            outcome="mended" if mended else "captured",
+            outcome="repaired" if repaired else "captured",
             bytes_stored=stored_bytes,
             forward_s=forward_s,
             write_s=time.perf_counter() - began,

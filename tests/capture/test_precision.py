@@ -166,7 +166,7 @@ def test_repair_takes_the_store_s_precision(run, monkeypatch, tmp_path):
     given.clear()
     screen = Console(file=StringIO(), width=200)
     repaired = repair(summary.store, RepairConfig(model=str(tmp_path / "gemma"), device="cpu"), Progress(screen))
-    assert repaired.buckets_mended == 1
+    assert repaired.buckets_repaired == 1
     assert shard.read_bytes() == before
     assert "in float32 (as the store was begun)" in screen.file.getvalue()
 

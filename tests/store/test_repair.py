@@ -110,7 +110,7 @@ def test_only_damaged_objects_are_put_and_they_are_what_they_were(config, mender
 
     done = repair(config.out, mender, QUIET)
 
-    assert (done.damaged_objects, done.made_anew, done.buckets, done.buckets_mended) == (5, 1, 3, 3)
+    assert (done.damaged_objects, done.made_anew, done.buckets, done.buckets_repaired) == (5, 1, 3, 3)
     after = files(store)
     assert {k: plain(k, data) for k, (_, data) in after.items()} == {k: plain(k, x) for k, (_, x) in before.items()}
     assert {k for k in after if after[k][0] != before[k][0]} == damaged
@@ -131,7 +131,7 @@ def test_a_bucket_without_record_is_captured_again(config, mender, how, monkeypa
         assert isinstance(protocol.run(storage, protocol.take_over(1, protocol.new_id(), version)), protocol.Attempt)
     assert verify(storage, deep=False).damage
     done = repair(config.out, mender, QUIET)
-    assert (done.buckets, done.buckets_mended) == (1, 0)
+    assert (done.buckets, done.buckets_repaired) == (1, 0)
     assert not verify(storage, deep=True).damage
     assert open_store(config.out).fingerprint == fingerprint
 
@@ -150,7 +150,7 @@ def test_rows_that_come_out_differently_replace_the_bucket_as_a_whole(config, me
 
     monkeypatch.setattr(bucket_module, "activations", other)
     done = repair(config.out, mender, QUIET)
-    assert (done.buckets, done.buckets_mended) == (1, 0)
+    assert (done.buckets, done.buckets_repaired) == (1, 0)
     assert not verify(storage, deep=True).damage
     after = {k: data for k, (_, data) in files(Path(config.out)).items()}
     changed = {k for k in after if after[k] != before.get(k)}
@@ -213,7 +213,7 @@ def test_an_extended_store_holds_both_tables_and_its_rows_lead_back_to_their_tex
     assert all(after[k] == before[k] for k in before)
     check_rows(config, folder, sample=1000)
     flip(Path(config.out) / f"mlp_out.0/c/{-(-first.rows // 512) * 2 + 1}/0")
-    assert repair(config.out, mender, QUIET).buckets_mended == 1
+    assert repair(config.out, mender, QUIET).buckets_repaired == 1
     check_rows(config, folder, sample=100)
 
 
