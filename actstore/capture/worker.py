@@ -84,8 +84,8 @@ class BucketSummary:
     bucket: int
     rows: int
     outcome: Literal["captured", "repaired", "by_others"]
-    """repaired: only damaged objects were put, because the rows came out as before. by_others: another run committed the
-    bucket, or a worker that died before it could report it."""
+    """repaired: only damaged objects were put, because the rows came out as before. by_others: another run, or
+    a worker that died before it could report it, committed the bucket."""
     bytes_stored: int = 0
     forward_s: float = 0.0
     write_s: float = 0.0
