@@ -23,6 +23,9 @@ class WorkersConfig:
     """CPU threads per worker; default: its share of the cores of the machine that it runs on."""
     address: str | None = None
     """Address of a running Ray cluster, such as auto; default: RAY_ADDRESS, else this machine only."""
+    allow: tuple[Literal["versions"], ...] = ()
+    """Differences from the run that began the store that are accepted, and recorded in each bucket: versions of torch
+    and transformers."""
     shared_directory: bool = False
     """A directory as --out is on a file system that every node of the cluster has mounted at the same path."""
     runtime_env: Path | None = None
@@ -58,7 +61,7 @@ class CaptureConfig(WorkersConfig):
     tokens: str
     """The token table: what `actstore tokenize` wrote."""
     sites: tuple[str, ...]
-    """Sites such as resid_post.12,mlp_out.12,attn_out.12,mlp_in.12; or all, resid_post.*, *.12, mlp_out.0-12."""
+    """Sites such as resid_post.12,mlp_out.12,mlp_hidden.12,q.12; or all, resid_post.*, *.12, mlp_out.0-12."""
     out: str
     """Where the store goes: a directory or an fsspec URL."""
     extend: bool = False

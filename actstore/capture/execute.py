@@ -24,6 +24,7 @@ from actstore.capture.worker import BucketSummary, ReplicaConfig
 from actstore.errors import CaptureError
 from actstore.progress import Progress, scaled
 from actstore.store import StoreSpec, StoreWriter
+from actstore.store.write.finalise import missing_parts
 from actstore.tokens.tokenizer import public_name
 
 
@@ -55,6 +56,10 @@ class Outcome:
     """Requests to the store that had to be sent once more."""
     workers_lost: int = 0
     """Buckets taken back from workers that died or failed, and captured again."""
+    nonfinite: int = 0
+    """Rows with NaN or infinity that this run stored, over all sites."""
+    saturated: int = 0
+    """Values that `fixed` has clipped."""
     taken_over: int = 0
     """How often another run took a bucket over while this one wrote it."""
     nodes_quarantined: int = 0
@@ -98,6 +103,7 @@ class Plan:
             store=self.store,
             batch_size=self.batch_size,
             threads=self.threads,
+            any_versions="versions" in self.config.allow,
         )
 
     def check_memory(self, spec: StoreSpec, seq_len: int, model_config: Any) -> None:
@@ -127,14 +133,24 @@ def execute(
             with closing(Pool(replicas, log, workers=workers, show=display.show, say=progress.say)) as pool:
                 pool.run(tasks, display.done)
                 outcome = display.outcome(began, pool)
+                _consolidate(pool, writer, progress)
         log.write("done", **vars(outcome))
-    writer.finalise()
-    if missing := {w.bucket for w in work} - writer.committed():
+    if not writer.finalise():
+        missing = sorted(set(range(writer.buckets)) - writer.committed())
         raise CaptureError(
-            f"the store is not complete: {len(missing)} buckets that were captured are not committed, for example "
-            f"bucket {min(missing)}; another program changed this store meanwhile, run this again"
+            f"the store is not complete: {len(missing)} buckets are not committed, for example {missing[:3]}; another "
+            "program changed this store meanwhile, run this again"
         )
     return replace(outcome, seconds=time.monotonic() - began, log_failures=log.failures)
+
+
+def _consolidate(pool: Pool, writer: StoreWriter, progress: Progress) -> None:
+    """Let the replicas make the parts of the manifest, where there are several."""
+    parts = missing_parts(writer.storage, writer.spec)
+    if len(parts) > 1:
+        step = progress.step("finalise", total=len(parts), unit="parts")
+        tasks = [Task("consolidate", n, key=-1, name=f"part {n} of the manifest") for n in parts]
+        pool.run(tasks, lambda *_: step.advance(1))
 
 
 @contextmanager
@@ -165,6 +181,7 @@ class _Display:
 
     def __init__(self, progress: Progress, verb: str, rows: int, spec: StoreSpec, buckets: int, log: EventLog) -> None:
         self._step, self._planned, self._log = progress.step(verb, total=rows, unit="rows"), buckets, log
+        self._say = progress.say
         self._row_bytes = sum(s.d * (4 if s.kind == "f32" else 2) for s in spec.sites.values())
         self.ready: float | None = None
         """When the first worker was."""
@@ -177,11 +194,14 @@ class _Display:
     def done(self, summary: BucketSummary, worker: int) -> None:
         """Count a finished bucket."""
         self._log.write("bucket", worker=worker, **vars(summary))
+        if summary.remarks and not (self.sums["nonfinite"] or self.sums["saturated"]):  # the first such bucket
+            for line in summary.remarks:
+                self._say(line)
         self.outcomes[summary.outcome] += 1
         if summary.outcome == "by_others":
             self._rows_by_others += summary.rows
             return
-        self.sums.update({k: v for k, v in vars(summary).items() if k not in ("bucket", "outcome")})
+        self.sums.update({k: v for k, v in vars(summary).items() if k not in ("bucket", "outcome", "remarks")})
         self._rows_stored += summary.rows if summary.bytes_stored else 0
 
     def show(self, rows_in_work: int, pool: Pool) -> None:
@@ -226,6 +246,8 @@ class _Display:
             buckets_repaired=self.outcomes["repaired"],
             retries=sums["retries"],
             workers_lost=pool.losses,
+            nonfinite=sums["nonfinite"],
+            saturated=sums["saturated"],
             taken_over=pool.taken_over,
             nodes_quarantined=len(pool.quarantined),
         )

@@ -7,6 +7,7 @@ needs are cut from the configuration, so that their weights are never read.
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -151,14 +152,24 @@ def model_identity(name: str, config: Any, dtype: Precision, attention: str) -> 
         "dtype": dtype,
         "attention": attention,
         **({"batch_dependent": True} if any(site.kind == "router" for site in site_widths(config)) else {}),
-        "torch": version("torch").partition("+")[0],
-        "transformers": version("transformers"),
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Those of the libraries that decide the values of a forward pass."""
+    return {"torch": version("torch").partition("+")[0], "transformers": version("transformers")}
 
 
 def revision_of(config: Any) -> str | None:
     """The hub's commit that a configuration came from, or None for local models."""
     return getattr(config, "_commit_hash", None)
+
+
+def recorded_revision(recorded: dict[str, Any]) -> str | None:
+    """The hub's commit in what a store says about its model; None if that was a local model."""
+    weights = str(recorded.get("weights"))
+    return weights if re.fullmatch(r"[0-9a-f]{40}", weights) else None
 
 
 def tokenizer_digest(name: str) -> str | None:

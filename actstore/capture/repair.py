@@ -73,7 +73,7 @@ def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
 
 def _plan(config: RepairConfig, url: str, spec: StoreSpec) -> tuple[Plan, Any]:
     """How to run the model that the store was captured with, and its configuration."""
-    from actstore.capture.model import load_config
+    from actstore.capture.model import load_config, recorded_revision
 
     about, batch_size = spec.provenance.get("model"), spec.provenance.get("batch_size")
     if not isinstance(about, dict) or not isinstance(batch_size, int) or about.get("dtype") not in _DTYPES:
@@ -81,7 +81,7 @@ def _plan(config: RepairConfig, url: str, spec: StoreSpec) -> tuple[Plan, Any]:
     name = config.model or str(about.get("name"))
     path = model_path(name)
     model = str(path.resolve()) if path.exists() and name != "builtin" else name
-    model_config = load_config(model)
+    model_config = load_config(model, recorded_revision(about))
     check_sites(model_config, parse_sites(spec.sites), model)
     device = choose_device(config)
     choice = choose("auto", None, model_config, device=device.kind, bfloat16_gpu=device.bfloat16, recorded=about)

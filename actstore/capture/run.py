@@ -48,16 +48,19 @@ def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
     worker failed; `TokensError`, `MismatchError` and `StoreError` as their names say. Safe to interrupt at any point.
     """
     config = _with_absolute_paths(config)
-    model_config = _load_config(config.model)
+    recorded = recorded_model(config.out)
+    model_config = _load_config(config.model, recorded)
     sites = expand_sites(config.sites, model_config)
     widths = check_sites(model_config, sites, config.model)
     tokens = open_tokens(config.tokens)
     _check_tokens(config, tokens, model_config)
     starts = row_starts(tokens)
-    choice = _choose(config, model_config)
+    choice = _choose(config, model_config, recorded)
     progress.say(str(choice))
     rows = min(config.rows or int(starts[-1]), int(starts[-1]))
-    spec = _store_spec(config, widths, tokens, rows, model_config, choice)
+    spec = _store_spec(config, widths, tokens, rows, model_config, choice, recorded)
+    if spec.provenance["model"].get("batch_dependent"):
+        progress.say("a mixture of experts: the rounding of a row depends on its batch, so keep --batch-size")
     plan = Plan(config=config, model=config.model, choice=choice, batch_size=config.batch_size, store=config.out)
     plan.check_memory(spec, tokens.seq_len, model_config)
     _check_disk(config.out, spec)
@@ -79,16 +82,23 @@ def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
     )
 
 
-def _choose(config: CaptureConfig, model_config: Any) -> Choice:
+def recorded_model(out: str) -> dict[str, Any]:
+    """What the store at `out` says about the model that began it; empty if there is no store."""
+    storage = open_storage(out)
+    found = read_spec(storage).provenance.get("model") if storage.exists(GROUP_KEY) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _choose(config: CaptureConfig, model_config: Any, recorded: dict[str, Any]) -> Choice:
     """Device, precision and attention of the run; what the store at `out` was begun with, if it exists."""
-    storage, device = open_storage(config.out), choose_device(config)
+    device = choose_device(config)
     return choose(
         config.dtype,
         saved_precision(config.model, model_config),
         model_config,
         device=device.kind,
         bfloat16_gpu=device.bfloat16,
-        recorded=read_spec(storage).provenance.get("model") if storage.exists(GROUP_KEY) else None,
+        recorded=recorded,
     )
 
 
@@ -112,10 +122,11 @@ def _without_tokens(spec: StoreSpec) -> StoreSpec:
     return replace(apart, provenance={k: v for k, v in apart.provenance.items() if k != "tokens"})
 
 
-def _load_config(model: str) -> Any:
-    from actstore.capture.model import load_config
+def _load_config(model: str, recorded: dict[str, Any]) -> Any:
+    """The model's configuration, of the commit that the store was begun with if it is a model of the hub."""
+    from actstore.capture.model import load_config, recorded_revision
 
-    return load_config(model)
+    return load_config(model, recorded_revision(recorded))
 
 
 def _with_absolute_paths(config: CaptureConfig) -> CaptureConfig:
@@ -151,10 +162,19 @@ def _check_tokens(config: CaptureConfig, tokens: TokenTable, model_config: Any) 
 
 
 def _store_spec(
-    config: CaptureConfig, widths: dict[str, int], tokens: TokenTable, rows: int, model_config: Any, choice: Choice
+    config: CaptureConfig,
+    widths: dict[str, int],
+    tokens: TokenTable,
+    rows: int,
+    model_config: Any,
+    choice: Choice,
+    recorded: dict[str, Any],
 ) -> StoreSpec:
-    from actstore.capture.model import model_identity
+    from actstore.capture.model import model_identity, versions
 
+    identity = model_identity(config.model, model_config, choice.dtype, choice.attention)
+    if "versions" in config.allow:
+        identity |= {name: recorded[name] for name in versions() if name in recorded}
     return StoreSpec(
         sites={name: SiteSpec(d=d, encoding=config.encoding) for name, d in widths.items()},
         rows=rows,
@@ -164,7 +184,7 @@ def _store_spec(
         seed=config.seed,
         codec=config.codec,
         provenance={
-            "model": model_identity(config.model, model_config, choice.dtype, choice.attention),
+            "model": identity,
             "tokens": {
                 "fingerprint": tokens.fingerprint,
                 "tokenizer": tokens.tokenizer,

@@ -33,7 +33,6 @@ from actstore.errors import (
     CaptureError,
     EncodingError,
     IntegrityError,
-    MissingError,
     TokensError,
     mismatch,
 )
@@ -59,6 +58,8 @@ class ReplicaConfig:
     store: str
     batch_size: int
     threads: int
+    any_versions: bool = False
+    """Whether torch and transformers may be others than those that began the store."""
 
     def needs(self, spec: StoreSpec, seq_len: int, model_config: Any) -> Needs:
         """What the replica takes in memory."""
@@ -92,6 +93,11 @@ class BucketSummary:
     encode_s: float = 0.0
     """Per encoding thread, as is `put_s` per thread that puts: what the stage takes without the others."""
     put_s: float = 0.0
+    nonfinite: int = 0
+    """Rows with NaN or infinity, over all sites, as is `saturated`, values that `fixed` has clipped."""
+    saturated: int = 0
+    remarks: tuple[str, ...] = ()
+    """The same in words."""
     retries: int = 0
     """Requests to the store that this worker had to send once more since it last reported."""
 
@@ -181,36 +187,46 @@ class Replica:
 
     def capture(self, work: Work) -> BucketSummary | Again:
         """Run the model over a bucket's sequences, store its rows and commit it; a damaged one is repaired."""
-        from actstore.store.write.bucket import WriteTimes
+        from actstore.store.maintain.repair import replace_shards
+        from actstore.store.write.bucket import WriteTimes, remarks
+        from actstore.store.write.protocol import NotWritten
 
         loaded = self._loaded or self._forward.submit(self._load).result()
         writer, by_others = loaded.writer, BucketSummary(work.bucket, work.span.rows, "by_others")
-        if not work.keys and _is_committed(writer, work.bucket):
+        if not work.keys and writer.is_committed(work.bucket):
             return by_others
         ids = loaded.segments[work.segment].tokens.ids(work.span.first_sequence, work.span.stop_sequence)
         data, forward_s = self._forward.submit(self._rows_of, loaded, work, ids).result()
         began, times = time.perf_counter(), WriteTimes()
-        repaired, stored_bytes = False, 0
-        if work.keys:
-            from actstore.store.maintain.repair import mend_bucket
-
-            repaired = mend_bucket(writer, work.bucket, data, work.keys)
-        if not repaired:
-            made = _write(writer, work.bucket, data, condemned=bool(work.keys), times=times)
-            if not isinstance(made, int):
-                return Again() if made == "taken_over" else by_others
-            stored_bytes = made
+        if work.keys and replace_shards(writer, work.bucket, data, work.keys, work.version):
+            return BucketSummary(work.bucket, work.span.rows, "repaired", forward_s=forward_s)
+        made = writer.write_arrays(work.bucket, data, condemned=work.version, times=times)
+        if made is NotWritten.ALREADY_COMMITTED or (made is NotWritten.TAKEN_OVER and work.keys):
+            return by_others
+        if made is NotWritten.TAKEN_OVER:
+            return Again()
         return BucketSummary(
             bucket=work.bucket,
             rows=work.span.rows,
-            outcome="repaired" if repaired else "captured",
-            bytes_stored=stored_bytes,
+            outcome="captured",
+            bytes_stored=made.stored_bytes(writer.spec),
+            remarks=tuple(remarks(made)),
+            nonfinite=sum(s.nonfinite for s in made.stats.values()),
+            saturated=sum(s.saturated for s in made.stats.values()),
             forward_s=forward_s,
             write_s=time.perf_counter() - began,
             encode_s=times.encode_s / writer.threads,
             put_s=times.put_s / writer.puts,
             retries=self._new_retries(),
         )
+
+    def consolidate(self, part: int) -> int:
+        """Make one part of the manifest, whose buckets are all committed."""
+        from actstore.store.write.finalise import write_part
+
+        loaded = self._loaded or self._forward.submit(self._load).result()
+        write_part(loaded.writer.storage, loaded.writer.spec, part)
+        return part
 
     def _new_retries(self) -> int:
         assert self._loaded
@@ -249,11 +265,12 @@ class Replica:
 
     def _load(self) -> _Loaded:
         if self._loaded is None:
+            from actstore.capture.model import versions
             from actstore.capture.segments import open_segments
             from actstore.capture.sites import parse_sites
             from actstore.store import open_writer
 
-            writer = open_writer(self.config.store, threads=self.config.threads)
+            writer = open_writer(self.config.store, threads=self.config.threads, versions=versions())
             segments = open_segments(writer.storage, writer.spec)
             self._loaded = _Loaded(
                 model=load_replica(self.config, writer.spec, max(s.tokens.seq_len for s in segments)),
@@ -280,42 +297,22 @@ def _failure(error: Exception, store: str) -> Failure:
     return Failure(error=refused, text=without_secrets(text), traceback=trace, everywhere=everywhere)
 
 
-def _is_committed(writer: Any, bucket: int) -> bool:
-    if hasattr(writer, "is_committed"):
-        return writer.is_committed(bucket)
-    from actstore.store.format import record
-    from actstore.store.format.spec import METADATA_LIMIT
-
-    try:
-        data = writer.storage.get(record.commit_key(bucket), METADATA_LIMIT)
-    except MissingError:
-        return False
-    return isinstance(record.from_bytes(data, writer.spec, bucket), record.CommitRecord)
-
-
-def _write(writer: Any, bucket: int, data: dict[str, Any], **how: Any) -> int | Literal["committed", "taken_over"]:
-    """Bytes stored, or why nothing was: `write_arrays` says None, or a member of `NotWritten`."""
-    made = writer.write_arrays(bucket, data, **how)
-    if hasattr(made, "stored_bytes"):
-        return made.stored_bytes(writer.spec)
-    committed = made.name == "ALREADY_COMMITTED" if made is not None else _is_committed(writer, bucket)
-    return "committed" if committed else "taken_over"
-
-
 def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
     """The model, cut off after its deepest site; it must be the one that the store was created for, and fit."""
     import psutil
     import torch
 
-    from actstore.capture.model import load_config, load_model, model_identity, without_head
+    from actstore.capture.model import load_config, load_model, model_identity, versions, without_head
     from actstore.capture.sites import num_layers, parse_sites
 
-    model_config = load_config(config.model)
+    model_config = load_config(config.model, config.revision)
     recorded = spec.provenance["model"]
     here = model_identity(config.model, model_config, config.dtype, config.attention)
     here["name"] = recorded["name"]  # directories move
+    if config.any_versions:
+        here |= {name: recorded[name] for name in versions() if name in recorded}
     if here != recorded:
-        remedy = "Give every worker the same model and versions."
+        remedy = "Give every worker the same model and versions, or accept other versions with --allow versions."
         raise mismatch("the model on this worker", here, recorded, remedy)
     needed = config.needs(spec, seq_len, model_config)
     check_memory(needed, 1, spec.shard_rows, resident=psutil.Process().memory_info().rss)

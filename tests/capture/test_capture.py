@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 import zarr
+from actstore.store.write.attempt import Attempt
 from rich.console import Console
 from tiny import config_of, model_of, save, save_gguf, tokenizer_of
 
@@ -35,7 +36,6 @@ from actstore.progress import Progress
 from actstore.store import StoreWriter, open_store, open_writer
 from actstore.store.format import record
 from actstore.store.storage import PARTIAL
-from actstore.store.write.attempt import Attempt
 from actstore.tokens import TokenizeConfig, TokenTable, open_tokens, row_starts, rows_of, span_of, tokenize
 from actstore.tokens.tokenizer import load_tokenizer
 

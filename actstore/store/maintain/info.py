@@ -19,7 +19,7 @@ _WORKERS = 16
 def describe(store: Store) -> dict[str, Any]:
     """The figures of a store, as JSON values; `planned_rows` and `planned_buckets` are None if it is open-ended."""
     spec, open_ended = store.spec, store.spec.rows == OPEN_ENDED
-    figures = {
+    figures: dict[str, Any] = {
         "rows": store.rows,
         "planned_rows": None if open_ended else spec.planned_rows,
         "complete": store.complete,
