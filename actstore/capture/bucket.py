@@ -34,6 +34,7 @@ def bucket_rows(
     model: nn.Module,
     sites: Sequence[Site],
     ids: NDArray[np.int32],  # [sequences of the span, seq_len]
+    documents: NDArray[np.int32],  # the same of the table's `document`: which positions are rows
     span: Span,
     place: NDArray[np.int64],  # [rows of the span] stored place of each row
     *,
@@ -49,7 +50,7 @@ def bucket_rows(
     `padding` is the padding id and the id that begins a sequence, for sequences that are padded on the left.
     `advance` is called with the number of rows of each finished batch.
     """
-    rows = rows_in(ids, rule, span)
+    rows = rows_in(ids, documents, rule, span)
     tokens, kept = _pinned(model, ids.astype(np.int64), _kept(rows, span, ids.shape[1]) % (batch_size * ids.shape[1]))
     arrays: dict[str, NDArray[Any]] = {}
     flight: deque[Future[None]] = deque()

@@ -195,8 +195,9 @@ class Replica:
         writer, by_others = loaded.writer, BucketSummary(work.bucket, work.span.rows, "by_others")
         if not work.keys and writer.is_committed(work.bucket):
             return by_others
-        ids = loaded.segments[work.segment].tokens.ids(work.span.first_sequence, work.span.stop_sequence)
-        data, forward_s = self._forward.submit(self._rows_of, loaded, work, ids).result()
+        tokens, sequences = loaded.segments[work.segment].tokens, (work.span.first_sequence, work.span.stop_sequence)
+        read = tokens.ids(*sequences), tokens.documents(*sequences)
+        data, forward_s = self._forward.submit(self._rows_of, loaded, work, *read).result()
         began, times = time.perf_counter(), WriteTimes()
         if work.keys and replace_shards(writer, work.bucket, data, work.keys, work.version):
             return BucketSummary(work.bucket, work.span.rows, "repaired", forward_s=forward_s)
@@ -234,7 +235,9 @@ class Replica:
             before, self._retries = self._retries, self._loaded.writer.storage.retries
             return self._retries - before
 
-    def _rows_of(self, loaded: _Loaded, work: Work, ids: NDArray[np.int32]) -> tuple[dict[str, Any], float]:
+    def _rows_of(
+        self, loaded: _Loaded, work: Work, ids: NDArray[np.int32], documents: NDArray[np.int32]
+    ) -> tuple[dict[str, Any], float]:
         """All arrays of a bucket with these token ids, in stored order, and the seconds that took."""
         from actstore.capture.bucket import bucket_rows
 
@@ -251,6 +254,7 @@ class Replica:
             loaded.model,
             loaded.sites,
             ids,
+            documents,
             span,
             loaded.writer.permutation(work.bucket),
             rule=tokens.rule,

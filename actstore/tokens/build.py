@@ -1,53 +1,52 @@
 """`tokenize`: documents to a committed token table.
 
 Packed tokens go to a spool first, because the keyed order needs the number of sequences; the table is then written
-chunk by chunk. So memory stays at a few batches of documents and one chunk, however much text there is, and a run that
-was killed goes on from the spool. A batch is encoded by the tokenizer's own threads while the next one is read and the
-last one packed; order and result don't depend on threads.
+chunk by chunk. So memory stays at a few batches of documents and a few chunks, however much text there is, and a run
+that was killed goes on from the spool. A batch is encoded by the tokenizer's own threads while the next one is read and
+the last one packed; chunks are compressed and put side by side. Order and result don't depend on threads.
 """
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from actstore import keyed
 from actstore.errors import TokensError, mismatch
 from actstore.progress import Progress
 from actstore.store.storage import Storage, open_storage
+from actstore.tokens.arrays import TableArray
 from actstore.tokens.config import TokenizeConfig
 from actstore.tokens.documents import Document, batches
-from actstore.tokens.pack import NO_DOCUMENT, Layout, Packed, framed, pack, special_ids
-from actstore.tokens.rule import RowRule, kept
-from actstore.tokens.sources import SourceFile, identities, list_files
+from actstore.tokens.ordered import in_order
+from actstore.tokens.pack import Layout, Packed, framed, pack
+from actstore.tokens.rule import PADDING, RowRule, kept
+from actstore.tokens.sources import NAMED, SourceFile, Sources, find_sources, identities
 from actstore.tokens.spool import Spool, State, open_spool
 from actstore.tokens.table import (
-    ARRAYS,
     ATTRIBUTE,
     DEFAULTS,
     DOCUMENTS_KEY,
     FORMAT_VERSION,
     GROUP_KEY,
     TokenTable,
+    array_shapes,
     open_tokens,
 )
 from actstore.tokens.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_TOKENS = 1 << 20
 """Tokens of a zarr chunk: 4 MiB of int32."""
+CHUNK_SEQUENCES = 1 << 22
+"""Sequences whose row counts are one object of 16 MiB."""
 CHECKPOINT_TOKENS = 1 << 22
 """Tokens after which the spool is saved: what a killed run does again at most."""
-_AHEAD = 1
-"""Batches that wait, read, while another one is encoded."""
+_WRITERS = 4
+"""Chunks that are read, compressed and put at a time."""
 _ORDER_AND_ROWS = ("seed", "skip_first", "skip_ids")
 """Settings that matter only when the table is written, not to the spool."""
 
@@ -58,17 +57,19 @@ def tokenize(config: TokenizeConfig, progress: Progress) -> TokenTable:
     `TokensError` if text or tokenizer can't be used; `MismatchError` if another table is at `config.out`.
     """
     storage = open_storage(config.out)
-    files = list_files(config.sources)
+    sources = find_sources(config.sources, storage)
+    for line in sources.notes():
+        progress.say(line)
     tokenizer = load_tokenizer(config.tokenizer)
-    settings = _settings(config, files, tokenizer)
+    settings = _settings(config, sources.files, tokenizer)
     if storage.exists(GROUP_KEY):
         return _existing(storage, config, settings)
     spooled = {k: v for k, v in settings.items() if k not in _ORDER_AND_ROWS}
-    with open_spool(storage, spooled, may_skip=config.on_error == "skip") as spool:
+    with open_spool(storage, spooled, progress.say, may_skip=config.on_error == "skip") as spool:
         if not storage.exists(GROUP_KEY):
             layout = _layout(config, tokenizer)
-            _fill(spool, files, tokenizer, layout, config, progress)
-            _write(storage, spool, layout, settings, progress)
+            _fill(spool, sources.files, tokenizer, layout, config, progress)
+            _write(storage, spool, layout, settings, sources, progress)
     return _existing(storage, config, settings)
 
 
@@ -109,10 +110,10 @@ def _layout(config: TokenizeConfig, tokenizer: Tokenizer) -> Layout:
     return Layout(
         packing=config.packing,
         seq_len=config.seq_len,
-        first_id=tokenizer.bos_id if config.bos and config.packing != "ready" else None,
+        bos=config.bos,
+        bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
-        special_ids=special_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
     )
 
 
@@ -128,8 +129,16 @@ def _fill(
     state, unsaved = spool.state, 0
     step = progress.step("tokenize", total=sum(f.size for f in files), unit="B")
     step.skip(state.size)
-    for after, documents, encoded in _encoded(_batches(files, tokenizer, config, state), tokenizer):
-        ids, numbers = pack(encoded, state.documents, layout)
+
+    def encode(batch: tuple[State, list[Document]]) -> tuple[State, list[Document], list[list[int]]]:
+        encoded = iter(tokenizer.encode([d.content for d in batch[1] if isinstance(d.content, str)]))
+        return *batch, [next(encoded) if isinstance(d.content, str) else d.content for d in batch[1]]
+
+    read = _batches(files, tokenizer, config, state, progress.say)
+    for after, documents, encoded in in_order(encode, read, threads=1, ahead=1):
+        given = [not isinstance(d.content, str) for d in documents]
+        (ids, numbers), special = pack(encoded, given, state.documents, layout)
+        after = replace(after, special=state.special + special)
         spool.append(ids, numbers, documents, state.documents)
         unsaved += ids.size
         if unsaved >= CHECKPOINT_TOKENS:
@@ -148,16 +157,19 @@ def _finish(spool: Spool, state: State, layout: Layout) -> None:
     tail = spool.tail(layout.body)
     if (tail >= 0).any() and layout.pad_id is not None:
         padding = np.full(layout.body - tail.size, layout.pad_id, np.int32)
-        spool.append(padding, np.full_like(padding, NO_DOCUMENT), [], 0)
+        spool.append(padding, np.full_like(padding, PADDING), [], 0)
         spool.save(state)
 
 
 def _batches(
-    files: list[SourceFile], tokenizer: Tokenizer, config: TokenizeConfig, state: State
+    files: list[SourceFile], tokenizer: Tokenizer, config: TokenizeConfig, state: State, say: Callable[[str], None]
 ) -> Iterator[tuple[State, list[Document]]]:
-    """What is left to do after `state`: batches without the malformed documents, and the state after each."""
+    """What is left to do after `state`: batches without the malformed documents, and the state after each.
+
+    A file without text ends in an empty batch, whose state counts it.
+    """
     for index in range(state.file, len(files)):
-        for read in batches(files[index], config.text_column, state.record if index == state.file else 0):
+        for read in batches(files[index], config.text_column, state.record):
             usable = [d for d in read if _usable(d, tokenizer, config)]
             state = replace(
                 state,
@@ -166,8 +178,15 @@ def _batches(
                 size=state.size + sum(d.size for d in read),
                 documents=state.documents + len(usable),
                 skipped=state.skipped + len(read) - len(usable),
+                has_text=state.has_text or any(d.content for d in usable),
             )
             yield state, usable
+        if not state.has_text:
+            state = replace(state, empty_files=state.empty_files + 1)
+            if state.empty_files <= NAMED:
+                say(f"{files[index].name}: no document in it holds text")
+        state = replace(state, file=index + 1, record=0, has_text=False)
+        yield state, []
 
 
 def _usable(document: Document, tokenizer: Tokenizer, config: TokenizeConfig) -> bool:
@@ -195,89 +214,70 @@ def _problem(document: Document, tokenizer: Tokenizer, config: TokenizeConfig) -
     return ""
 
 
-def _encoded(
-    read: Iterable[tuple[State, list[Document]]], tokenizer: Tokenizer
-) -> Iterator[tuple[State, list[Document], list[list[int]]]]:
-    """The batches with their documents' ids, in order; one is encoded while the next is read and the last packed."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead: deque[tuple[State, list[Document], Future[list[list[int]]]]] = deque()
-        for state, documents in read:
-            ahead.append((state, documents, pool.submit(_ids, documents, tokenizer)))
-            if len(ahead) > _AHEAD:
-                first, of_first, ids = ahead.popleft()
-                yield first, of_first, ids.result()
-        for state, documents, ids in ahead:
-            yield state, documents, ids.result()
-
-
-def _ids(documents: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
-    encoded = iter(tokenizer.encode([d.content for d in documents if isinstance(d.content, str)]))
-    return [next(encoded) if isinstance(d.content, str) else d.content for d in documents]
-
-
-def _write(storage: Storage, spool: Spool, layout: Layout, settings: dict[str, Any], progress: Progress) -> None:
+def _write(
+    storage: Storage, spool: Spool, layout: Layout, settings: dict[str, Any], sources: Sources, progress: Progress
+) -> None:
     """Write the spooled sequences in keyed order, and commit the table."""
     sequences = spool.state.tokens // layout.body
     if not sequences:
         raise TokensError("no text found in the sources, so there is nothing to write")
-    rule = RowRule(ids=(*layout.special_ids, *settings["skip_ids"]), first_positions=settings["skip_first"])
-    order_key = keyed.key(settings["seed"], "sequences")
-    rows = max(1, CHUNK_TOKENS // layout.seq_len)
-    chunks = [slice(start, min(start + rows, sequences)) for start in range(0, sequences, rows)]
+    rule = RowRule(ids=settings["skip_ids"], first_positions=settings["skip_first"])
+    counts, max_id = np.zeros(sequences, np.int32), 0
     step = progress.step("write", total=sequences, unit="sequences")
-    tokens = max_id = 0
 
-    def ordered() -> Iterator[Packed]:
-        nonlocal tokens, max_id
-        for chunk in chunks:
-            order = keyed.invert(np.arange(chunk.start, chunk.stop), sequences, order_key)
-            ids, documents = framed(
-                spool.read("ids", order, layout.body), spool.read("document", order, layout.body), layout
-            )
-            tokens += int(kept(ids, rule).sum())
+    def written() -> Iterator[Packed]:
+        nonlocal max_id
+        done = 0
+        for ids, documents in _put_sequences(storage, spool, layout, sequences, settings["seed"]):
+            counts[done : done + len(ids)] = kept(ids, documents, rule).sum(axis=1)
             max_id = max(max_id, int(ids.max()))
-            yield ids, documents
+            done += len(ids)
             step.advance(len(ids))
+            yield ids, documents
 
-    digest = fingerprint(_put_arrays(storage, ordered(), chunks, (sequences, layout.seq_len)), settings)
+    digest, tokens = fingerprint(written(), settings), int(counts.sum(dtype=np.int64))
     if not tokens:
         raise TokensError(
             "the documents hold no token but special ones and what --skip-first and --skip-ids leave out, so there is "
             "nothing to write"
         )
+    rows = TableArray("rows", (sequences,), min(sequences, CHUNK_SEQUENCES))
+    _put_metadata(storage, rows)
+    for i in range(rows.num_chunks):
+        storage.put(rows.chunk_key(i), rows.encode(counts[i * rows.chunk_rows : (i + 1) * rows.chunk_rows]))
     storage.put(DOCUMENTS_KEY, [np.memmap(spool.documents(), np.uint8, "r").data])
     attributes = {"format_version": FORMAT_VERSION, "fingerprint": digest, "sequences": sequences, "tokens": tokens}
-    attributes |= {"max_id": max_id, **settings, "skipped": spool.state.skipped}
-    attributes["left_out"] = int((spool.tail(layout.body) >= 0).sum())
+    attributes |= {"max_id": max_id, **settings, "left_out": int((spool.tail(layout.body) >= 0).sum())}
+    attributes |= {name: getattr(spool.state, name) for name in ("skipped", "special", "empty_files")}
+    attributes |= {"unread": len(sources.unread), "unread_first": tuple(sources.unread[:NAMED])}
+    attributes |= {"repeated": len(sources.repeated)}
     attributes = {k: v for k, v in attributes.items() if k not in DEFAULTS or v != DEFAULTS[k]}
     group = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: attributes}}
     storage.put(GROUP_KEY, json.dumps(group, indent=2).encode())
 
 
-def _put_arrays(
-    storage: Storage, blocks: Iterable[Packed], chunks: list[slice], shape: tuple[int, int]
-) -> Iterator[Packed]:
-    """Write both arrays chunk by chunk through zarr-python, and pass the blocks on."""
-    objects: dict[str, Any] = {}
-    arrays = {
-        name: zarr.create_array(
-            MemoryStore(objects),
-            name=name,
-            shape=shape,
-            chunks=(chunks[0].stop, shape[1]),
-            dtype="int32",
-            compressors=[ZstdCodec(level=3), Crc32cCodec()],
-            dimension_names=["sequence", "position"],
-            config={"write_empty_chunks": True},
-        )
-        for name in ARRAYS
-    }
-    for chunk, block in zip(chunks, blocks, strict=True):
-        for name, values in zip(ARRAYS, block, strict=True):
-            arrays[name][chunk] = values
-        for key in [k for k in objects if k != GROUP_KEY]:
-            storage.put(key, objects.pop(key).to_bytes())
-        yield block
+def _put_sequences(storage: Storage, spool: Spool, layout: Layout, sequences: int, seed: int) -> Iterator[Packed]:
+    """Write `ids` and `document`, several chunks at a time, and pass the sequences on in order."""
+    order_key = keyed.key(seed, "sequences")
+    rows = min(sequences, max(1, CHUNK_TOKENS // layout.seq_len))
+    shapes = array_shapes(sequences, layout.seq_len)
+    arrays = [TableArray(name, shapes[name], rows) for name in ("ids", "document")]
+    for array in arrays:
+        _put_metadata(storage, array)
+
+    def put(chunk: int) -> Packed:
+        places = np.arange(chunk * rows, min((chunk + 1) * rows, sequences))
+        order = keyed.invert(places, sequences, order_key)
+        block = framed(spool.read("ids", order, layout.body), spool.read("document", order, layout.body), layout)
+        for array, values in zip(arrays, block, strict=True):
+            storage.put(array.chunk_key(chunk), array.encode(values))
+        return block
+
+    yield from in_order(put, range(arrays[0].num_chunks), threads=_WRITERS, ahead=_WRITERS - 1)
+
+
+def _put_metadata(storage: Storage, array: TableArray) -> None:
+    storage.put(array.metadata_key, json.dumps(array.metadata(), indent=2).encode())
 
 
 def fingerprint(blocks: Iterable[Packed], settings: dict[str, Any]) -> str:

@@ -1,8 +1,11 @@
-"""Documents out of files: parquet, arrow, jsonl and plain text, streamed.
+"""Documents out of files: parquet, arrow, JSON lines and plain text, streamed.
 
 Arrow files are what `datasets.save_to_disk` writes; they are read with pyarrow, so `datasets` is not needed. A plain
 text file is one document, whatever blank lines it has. A malformed document is passed on with what is wrong with it,
 because whether to go on is not decided here; a damaged file, of which the rest can't be trusted, is an error.
+
+What a file decodes to at once is bounded (`limits.py`, `claims.py`). Records of a table become Python values one by
+one, because records may share one long value in memory.
 """
 
 import io
@@ -15,12 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actstore.errors import TokensError
+from actstore.tokens.claims import DAMAGED, check_messages, group_claims
+from actstore.tokens.limits import MAX_DOCUMENT_BYTES, document_limit
 from actstore.tokens.sources import SourceFile
+from actstore.tokens.tokenizer import one_line
 
 BATCH_DOCUMENTS, BATCH_CHARS = 1024, 1 << 20
 """A batch of documents is encoded in parallel and ends at whichever comes first."""
+IDS = "input_ids"
+"""Column or field of documents that are token ids."""
 _READ_BYTES = 1 << 22
-"""Read and decoded of a parquet file at once, however large its row groups are."""
+"""Read of a parquet file at once, however large its row groups are."""
+_DECODED_BYTES = 1 << 26
+"""Decoded of it at once, unless one record takes more."""
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 
@@ -48,7 +58,7 @@ def batches(file: SourceFile, text_column: str, start: int = 0) -> Iterator[list
     chars = 0
     for document in _documents(file, text_column, start):
         batch.append(document)
-        chars += len(document.content)
+        chars += len(document.content) + len(document.source) + len(document.title)
         if len(batch) == BATCH_DOCUMENTS or chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -59,84 +69,118 @@ def batches(file: SourceFile, text_column: str, start: int = 0) -> Iterator[list
 def _documents(file: SourceFile, text_column: str, start: int) -> Iterator[Document]:
     try:
         with file.fs.open(file.path, "rb") as raw:
-            if file.path.endswith((".parquet", ".arrow")):
+            if file.kind in ("parquet", "arrow"):
                 yield from _from_table(file, raw, text_column, start)
-            elif ".jsonl" in file.path.rpartition("/")[2]:
-                yield from _from_jsonl(file, raw, text_column, start)
-            elif not start:
-                yield _document(file, file.name, 0, {"text": _decompressed(file, raw).read()}, "text", file.size)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as e:
+                return
+            with _stream(file, raw) as stream:
+                if file.kind != "txt":
+                    yield from _from_lines(file, raw, stream, text_column, start)
+                elif not start:
+                    text = stream.read(_limit(file) + 1)
+                    yield _document(file, file.name, 0, {"text": text}, "text", file.size)
+    except DAMAGED as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise
-        raise TokensError(f"{file.name}: the file is damaged or not what its name says: {e}") from e
+        raise TokensError(f"{file.name}: the file is damaged or not what its name says: {one_line(e)}") from e
 
 
-def _decompressed(file: SourceFile, raw: Any) -> Any:
+def _stream(file: SourceFile, raw: Any) -> io.BufferedReader:
     """Arrow's streams notice a compressed file that ends too early, zstandard's do not."""
     kind = _COMPRESSIONS.get(file.path.rpartition(".")[2])
-    return io.BufferedReader(pa.CompressedInputStream(raw, kind)) if kind else raw  # pyright: ignore[reportArgumentType]
+    return io.BufferedReader(pa.CompressedInputStream(raw, kind) if kind else raw)  # pyright: ignore[reportArgumentType]
+
+
+def _limit(file: SourceFile) -> int:
+    """Most bytes of one document."""
+    compressed = file.path.endswith(tuple(_COMPRESSIONS)) or file.kind in ("parquet", "arrow")
+    return document_limit(file.size) if compressed else MAX_DOCUMENT_BYTES
+
+
+def _too_long(file: SourceFile) -> str:
+    return f"one document of more than {_limit(file)} bytes in a file of {file.size}; cut it into several"
 
 
 def _from_table(file: SourceFile, raw: Any, text_column: str, start: int) -> Iterator[Document]:
-    record = 0
-    rows = _parquet_rows if file.path.endswith(".parquet") else _arrow_rows
-    for batch, share in rows(file, raw, text_column):
-        if record + batch.num_rows > start:
-            columns = {name: _values(batch.column(name)) for name in batch.schema.names}
-            content = next(name for name in (text_column, "input_ids") if name in columns)
-            for i in range(max(start - record, 0), batch.num_rows):
-                row = {name: values[i] for name, values in columns.items()}
-                yield _document(file, f"{file.name}, record {record + i}", record + i, row, content, share)
-        record += batch.num_rows
+    rows = _parquet_rows if file.kind == "parquet" else _arrow_rows
+    for record, batch, share in rows(file, raw, text_column, start):
+        columns = {name: _checked(batch.column(name)) for name in batch.schema.names}
+        for i in range(max(start - record, 0), batch.num_rows):
+            row = {name: column[i].as_py() for name, column in columns.items() if name != IDS}
+            if IDS in columns and row.get(text_column) is None:
+                row[IDS] = columns[IDS][i].as_py()
+            yield _document(file, f"{file.name}, record {record + i}", record + i, row, text_column, share)
 
 
-def _parquet_rows(file: SourceFile, raw: Any, text_column: str) -> Iterator[tuple[pa.RecordBatch, float]]:
-    """Rows of the columns that are read, and each one's share of the file's bytes."""
+_Rows = Iterator[tuple[int, pa.RecordBatch, float]]
+"""The first record of a batch, the columns that are read, and each record's share of the file's bytes."""
+
+
+def _parquet_rows(file: SourceFile, raw: Any, text_column: str, start: int) -> _Rows:
+    """Records of the row groups that end after `start`; no batch decodes to more than it should."""
     table = pq.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False)
     columns = _columns(file, table.schema_arrow.names, text_column)
-    groups, total = table.metadata.num_row_groups, table.metadata.num_rows
-    size = sum(table.metadata.row_group(i).total_byte_size for i in range(groups))
-    rows = min(BATCH_DOCUMENTS, max(1, _READ_BYTES * total // max(size, 1)))
-    for batch in table.iter_batches(rows, columns=columns):
-        yield batch, file.size / total
+    record = 0
+    for group, claims in enumerate(group_claims(raw, table, columns, file.size)):
+        if record + claims.rows > start:
+            each = max(claims.largest, claims.items // max(claims.rows, 1), _DECODED_BYTES // BATCH_DOCUMENTS)
+            for batch in table.iter_batches(max(1, _DECODED_BYTES // each), row_groups=[group], columns=columns):
+                yield record, batch, file.size / table.metadata.num_rows
+                record += batch.num_rows
+        else:
+            record += claims.rows
 
 
-def _arrow_rows(file: SourceFile, raw: Any, text_column: str) -> Iterator[tuple[pa.RecordBatch, float]]:
+def _arrow_rows(file: SourceFile, raw: Any, text_column: str, start: int) -> _Rows:
     """The same of an arrow stream, which does not tell its length; the position in the file does as well."""
+    check_messages(raw, file.size)
+    raw.seek(0)
     reader = pa.ipc.open_stream(raw)
     columns = _columns(file, reader.schema.names, text_column)
-    before = 0
+    record = before = 0
     for batch in reader:
         share = (raw.tell() - before) / max(batch.num_rows, 1)
         before = raw.tell()
-        for first in range(0, batch.num_rows, BATCH_DOCUMENTS):
-            yield batch.select(columns).slice(first, BATCH_DOCUMENTS), share
+        if record + batch.num_rows > start:
+            yield record, batch.select(columns), share
+        record += batch.num_rows
 
 
 def _columns(file: SourceFile, names: list[str], text_column: str) -> list[str]:
-    content = text_column if text_column in names else "input_ids"
-    if content not in names:
+    wanted = list(dict.fromkeys((text_column, IDS, "source", "title")))
+    if not {text_column, IDS} & set(names):
         raise TokensError(
-            f"{file.name}: no column {text_column!r} or 'input_ids' among {', '.join(names)}; see --text-column"
+            f"{file.name}: no column {text_column!r} or {IDS!r} among {', '.join(names)}; see --text-column"
         )
-    return [content, *(c for c in ("source", "title") if c in names and c != content)]
+    for name in wanted:
+        if names.count(name) > 1:
+            raise TokensError(f"{file.name}: {names.count(name)} columns are called {name!r}; rename all but one")
+    return [name for name in wanted if name in names]
 
 
-def _values(column: pa.Array) -> list[Any]:
-    """Python values; strings as bytes, because one that is no UTF-8 must not spoil the others."""
+def _checked(column: pa.Array) -> pa.Array:
+    """The column with offsets that stay inside it, and strings as bytes: one that is no UTF-8 must not spoil others."""
+    if isinstance(column, pa.DictionaryArray):
+        return pa.DictionaryArray.from_arrays(column.indices, _checked(column.dictionary))
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = column.view(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
-    return column.to_pylist()
+    column.validate(full=True)
+    return column
 
 
-def _from_jsonl(file: SourceFile, raw: Any, text_column: str, start: int) -> Iterator[Document]:
-    before = 0
-    for record, line in enumerate(_decompressed(file, raw)):
+def _from_lines(
+    file: SourceFile, raw: Any, stream: io.BufferedReader, text_column: str, start: int
+) -> Iterator[Document]:
+    """A document for each line; of one that is too long no more than the limit is held."""
+    record, before, limit = -1, 0, _limit(file)
+    while line := stream.readline(limit):
+        record += 1
+        part = line
+        while len(part) == limit and not part.endswith(b"\n"):
+            line, part = b"", stream.readline(limit)
         size, before = raw.tell() - before, raw.tell()
-        if record >= start and line.strip():
-            row, problem = _parsed(line, text_column)
-            content = text_column if text_column in row else "input_ids"
-            yield _document(file, f"{file.name}, line {record + 1}", record, row, content, size, problem)
+        if record >= start and (line.strip() or not line):
+            row, problem = _parsed(line, text_column) if line else ({}, _too_long(file))
+            yield _document(file, f"{file.name}, line {record + 1}", record, row, text_column, size, problem)
 
 
 def _parsed(line: bytes, text_column: str) -> tuple[dict[str, Any], str]:
@@ -147,17 +191,21 @@ def _parsed(line: bytes, text_column: str) -> tuple[dict[str, Any], str]:
         return {}, f"not JSON: {e}"
     if not isinstance(row, dict):
         return {}, f"JSON, but {type(row).__name__}, expected an object"
-    if not {text_column, "input_ids"} & row.keys():
-        return {}, f"no field {text_column!r} or 'input_ids'; see --text-column"
+    if not {text_column, IDS} & row.keys():
+        return {}, f"no field {text_column!r} or {IDS!r}; see --text-column"
     return row, ""
 
 
 def _document(
-    file: SourceFile, place: str, record: int, row: dict[str, Any], column: str, size: float, problem: str = ""
+    file: SourceFile, place: str, record: int, row: dict[str, Any], text_column: str, size: float, problem: str = ""
 ) -> Document:
+    """The document in a record: its text, or its ids where it has no text."""
     content: str | list[int] = ""
     if not problem:
-        content, problem = _content(row[column], column)
+        column = IDS if row.get(text_column) is None else text_column
+        content, problem = _content(row.get(column), column, text_column)
+        if isinstance(content, str) and len(content) > _limit(file):
+            content, problem = "", _too_long(file)
     return Document(
         place=place,
         file=file.name,
@@ -170,8 +218,10 @@ def _document(
     )
 
 
-def _content(value: object, column: str) -> tuple[str | list[int], str]:
+def _content(value: object, column: str, text_column: str) -> tuple[str | list[int], str]:
     """Text or ids, and what is wrong with them."""
+    if isinstance(value, (str, bytes)) and column != text_column:
+        return "", f"{column} is text, expected a list of token ids; if it is the text, say --text-column {column}"
     try:
         if isinstance(value, bytes):
             return value.decode(), ""
@@ -184,8 +234,8 @@ def _content(value: object, column: str) -> tuple[str | list[int], str]:
         return "", ""
     if not isinstance(value, list):
         return "", f"{column} is {type(value).__name__}, expected text or token ids"
-    wrong = next((i for i in value if type(i) is not int), 0)
-    if wrong != 0 or type(wrong) is not int:
+    if not set(map(type, value)) <= {int}:
+        wrong = next(i for i in value if type(i) is not int)
         return "", f"{column} holds {wrong!r:.40}, expected token ids, which are whole numbers"
     return value, ""
 

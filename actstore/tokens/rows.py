@@ -1,7 +1,7 @@
 """Row numbers: (sequence, position) over kept positions, in that order.
 
-BOS, EOS and padding are never rows (Gemma Scope sec. 3.1). Because this needs token ids only, every row's bucket and
-shard is known before a model is loaded.
+BOS, EOS and padding are never rows (Gemma Scope sec. 3.1). Because this needs the token table only, every row's bucket
+and shard is known before a model is loaded.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from actstore.tokens.rule import RowRule, kept
 from actstore.tokens.table import TokenTable
-
-_SCAN_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,10 @@ class Rows:
 
 
 def row_starts(table: TokenTable) -> NDArray[np.int64]:
-    """First row of each sequence, then the number of rows [sequences + 1]; reads all token ids once."""
+    """First row of each sequence, then the number of rows [sequences + 1]."""
     starts = np.zeros(table.sequences + 1, np.int64)
-    step = max(1, _SCAN_TOKENS // table.seq_len)
-    for first in range(0, table.sequences, step):
-        stop = min(first + step, table.sequences)
-        starts[first + 1 : stop + 1] = kept(table.ids(first, stop), table.rule).sum(axis=1)
-    return np.cumsum(starts, out=starts)
+    np.cumsum(table.row_counts(), out=starts[1:])
+    return starts
 
 
 def span_of(starts: NDArray[np.int64], first_row: int, stop_row: int) -> Span:
@@ -54,9 +49,9 @@ def span_of(starts: NDArray[np.int64], first_row: int, stop_row: int) -> Span:
     return Span(first, stop, first_row - int(starts[first]), stop_row - first_row)
 
 
-def rows_in(ids: NDArray[np.int32], rule: RowRule, span: Span) -> Rows:
-    """The rows of a span, given the ids of its sequences [stop_sequence - first_sequence, seq_len]."""
-    sequence, position = np.nonzero(kept(ids, rule))
+def rows_in(ids: NDArray[np.int32], documents: NDArray[np.int32], rule: RowRule, span: Span) -> Rows:
+    """The rows of a span, given ids and document numbers of its sequences [stop_sequence - first_sequence, seq_len]."""
+    sequence, position = np.nonzero(kept(ids, documents, rule))
     chosen = slice(span.skip, span.skip + span.rows)
     sequence, position = sequence[chosen], position[chosen]
     token_id = ids[sequence, position]
@@ -66,4 +61,5 @@ def rows_in(ids: NDArray[np.int32], rule: RowRule, span: Span) -> Rows:
 def rows_of(table: TokenTable, starts: NDArray[np.int64], first_row: int, stop_row: int) -> Rows:
     """Sequence, position and token of rows [first_row, stop_row)."""
     span = span_of(starts, first_row, stop_row)
-    return rows_in(table.ids(span.first_sequence, span.stop_sequence), table.rule, span)
+    sequences = span.first_sequence, span.stop_sequence
+    return rows_in(table.ids(*sequences), table.documents(*sequences), table.rule, span)

@@ -1,23 +1,35 @@
-"""Which positions of a sequence are rows; needs token ids only."""
+"""Which positions of a sequence are rows.
+
+A position is left out for its place: packing put BOS, EOS or padding there, or `input_ids` held it there, and the
+table's `document` array says so. An id alone decides nothing, because a vocabulary may pad with its unknown token. Only
+the ids that a user names are left out wherever they are.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+NO_DOCUMENT, PADDING = -1, -2
+"""Document numbers of BOS and EOS, and of padding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowRule:
-    """What is left out of the rows: special ids always (Gemma Scope sec. 3.1), and what the user asked for."""
+    """What is left out of the rows beside BOS, EOS and padding."""
 
-    ids: tuple[int, ...]
-    """Token ids that are never rows: BOS, EOS and padding, and the user's."""
+    ids: tuple[int, ...] = ()
+    """Token ids that are never rows."""
     first_positions: int = 0
-    """So many positions at the start of every sequence are never rows."""
+    """So many tokens at the start of every sequence are never rows; padding before it does not count, BOS does."""
 
 
-def kept(ids: NDArray[np.int32], rule: RowRule) -> NDArray[np.bool_]:
-    """Which positions of `ids` [n, seq_len] are rows; same shape."""
-    mask = ~np.isin(ids, rule.ids)
-    mask[:, : rule.first_positions] = False
+def kept(ids: NDArray[np.int32], documents: NDArray[np.int32], rule: RowRule) -> NDArray[np.bool_]:
+    """Which positions are rows, given token ids and document numbers [n, seq_len]; same shape."""
+    mask = documents >= 0
+    if rule.ids:
+        mask &= ~np.isin(ids, rule.ids)
+    if rule.first_positions:
+        begin = np.argmax(documents != PADDING, axis=1)
+        mask &= np.arange(ids.shape[1]) >= begin[:, None] + rule.first_positions
     return mask

@@ -2,15 +2,17 @@
 
 Three files only grow: `ids` and `document` (int32), and `names` (an Arrow stream). `state.json` says how far they are
 good; it is renamed into place after they are synced, and what was written after it is cut off. For a local table the
-spool is `<out>.partial` beside it, else a directory of the user's cache; it takes 8 bytes a token, and is deleted when
-the table is committed. A lock on the directory, which the kernel releases with its holder, keeps a second run out.
+spool is `<out>.partial` beside it, else a directory of the user's cache, or of the temporary directory where no cache
+can be written. It takes 8 bytes a token, and is deleted when the table is committed. A lock on the directory, which the
+kernel releases with its holder, keeps a second run out.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Generator
+import tempfile
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,18 +26,12 @@ from numpy.typing import NDArray
 from actstore.errors import TokensError
 from actstore.store.storage import LocalStorage, Storage
 from actstore.tokens.documents import Document
+from actstore.tokens.table import DOCUMENT_COLUMNS
 
 _STATE = "state.json"
 _NAMES_PARQUET = "names-parquet"  # without the suffix that would make it a source of text
-_NAMES = pa.schema(
-    {
-        "document": pa.int32(),
-        "file": pa.string(),
-        "record": pa.int64(),
-        "source": pa.string(),
-        "title": pa.string(),
-    }
-)
+_GROUP_ROWS = 1 << 16
+"""Names in a row group of the parquet file, at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +44,10 @@ class State:
     """Bytes of the sources that are done, for progress."""
     documents: int = 0
     skipped: int = 0
+    special: int = 0
+    empty_files: int = 0
+    has_text: bool = False
+    """Whether a document of the file that is being read held text."""
     tokens: int = 0
     """Values in `ids` and in `document`."""
     names: int = 0
@@ -55,12 +55,14 @@ class State:
 
 
 @contextmanager
-def open_spool(storage: Storage, settings: dict[str, Any], *, may_skip: bool) -> Generator["Spool"]:
+def open_spool(
+    storage: Storage, settings: dict[str, Any], say: Callable[[str], None], *, may_skip: bool
+) -> Generator["Spool"]:
     """The spool of a table, with what an earlier run of the same settings left; deleted if the block succeeds.
 
     What was left with skipped documents is used only if this run may skip. `TokensError` if another run has it.
     """
-    folder = _place(storage)
+    folder = _place(storage, say)
     fd = _lock(folder, storage.url)
     try:
         spool = Spool(folder, settings, may_skip=may_skip)
@@ -74,12 +76,24 @@ def open_spool(storage: Storage, settings: dict[str, Any], *, may_skip: bool) ->
         os.close(fd)
 
 
-def _place(storage: Storage) -> Path:
+def _place(storage: Storage, say: Callable[[str], None]) -> Path:
     if isinstance(storage, LocalStorage):
         root = storage.root.resolve()
         return root.with_name(f"{root.name}.partial")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "actstore" / "tokenize" / hashlib.blake2b(storage.url.encode(), digest_size=16).hexdigest()
+    name = Path("tokenize", hashlib.blake2b(storage.url.encode(), digest_size=16).hexdigest())
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actstore" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        pass
+    mine = Path(tempfile.gettempdir()) / f"actstore-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if mine.is_symlink() or mine.stat().st_uid != os.getuid():
+        raise TokensError(f"{mine} belongs to another user; set XDG_CACHE_HOME or TMPDIR to a directory of your own")
+    say(f"packed tokens wait in {mine / name}: there is no cache directory that can be written (XDG_CACHE_HOME)")
+    return mine / name
 
 
 def _lock(folder: Path, url: str) -> int:
@@ -111,7 +125,7 @@ class Spool:
             os.truncate(path, size)
         self._ids, self._document, self._names = (path.open("ab") for path in self._sizes(self.state))
         if not self.state.names:
-            self._names.write(_NAMES.serialize())
+            self._names.write(DOCUMENT_COLUMNS.serialize())
 
     def _read(self, *, may_skip: bool) -> State:
         try:
@@ -139,8 +153,8 @@ class Spool:
                 [d.source for d in documents],
                 [d.title for d in documents],
             ]
-            arrays = [pa.array(c, t) for c, t in zip(columns, _NAMES.types, strict=True)]
-            self._names.write(pa.record_batch(arrays, schema=_NAMES).serialize())
+            arrays = [pa.array(c, t) for c, t in zip(columns, DOCUMENT_COLUMNS.types, strict=True)]
+            self._names.write(pa.record_batch(arrays, schema=DOCUMENT_COLUMNS).serialize())
 
     def save(self, state: State) -> None:
         """Make all that was appended last, as what `state` stands for."""
@@ -173,9 +187,18 @@ class Spool:
     def documents(self) -> Path:
         """The names as a parquet file."""
         path = self._folder / _NAMES_PARQUET
-        with pq.ParquetWriter(path, _NAMES) as writer, pa.OSFile(str(self._folder / "names")) as f:
+        with (
+            pq.ParquetWriter(path, DOCUMENT_COLUMNS, write_page_checksum=True) as writer,
+            pa.OSFile(str(self._folder / "names")) as f,
+        ):
+            waiting: list[pa.RecordBatch] = []
             for batch in pa.ipc.open_stream(f):
-                writer.write_table(pa.Table.from_batches([batch]))
+                waiting.append(batch)
+                if sum(b.num_rows for b in waiting) >= _GROUP_ROWS:
+                    writer.write_table(pa.Table.from_batches(waiting))
+                    waiting = []
+            if waiting:
+                writer.write_table(pa.Table.from_batches(waiting))
         return path
 
     def close(self, *, keep: bool) -> None:

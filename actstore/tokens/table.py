@@ -1,37 +1,51 @@
-"""The token table: a zarr v3 group of two int32 arrays, and the parquet file that names the documents.
+"""The token table: a zarr v3 group of three int32 arrays, and the parquet file that names the documents.
 
 Order of writing is the commit protocol: arrays, then `documents.parquet`, then the group's own `zarr.json`. A table
-without that last object does not exist. Everything read is checked: attributes field by field, array metadata against
-them, chunks by their crc32c.
+without that last object does not exist. Everything that is read is checked before it takes memory: attributes field by
+field, arrays and chunks as `arrays.py` says, the parquet file by the sizes of its pages.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
-from actstore.errors import IntegrityError, StoreError, TokensError
+from actstore.errors import IntegrityError, MissingError, TokensError
 from actstore.store.storage import LocalStorage, Storage, open_storage
-from actstore.tokens.config import Packing
-from actstore.tokens.pack import special_ids
+from actstore.tokens.arrays import CRC_BYTES, TableArray, open_array
+from actstore.tokens.claims import DAMAGED, group_claims
+from actstore.tokens.config import MAX_SEQ_LEN, MIN_SEQ_LEN, Packing
+from actstore.tokens.limits import decoded_limit
+from actstore.tokens.ordered import in_order
 from actstore.tokens.rule import RowRule
 
 ATTRIBUTE = "actstore_tokens"
 FORMAT_VERSION = 1
 GROUP_KEY, DOCUMENTS_KEY = "zarr.json", "documents.parquet"
-ARRAYS = ("ids", "document")
-MAKE_ONE = "make one with: actstore tokenize TEXT --tokenizer T --out URL"
-_CODECS = {"bytes", "zstd", "crc32c"}
+MAX_SEQUENCES = (1 << 31) - 1
+"""Rows name their sequence in an int32."""
+DOCUMENT_COLUMNS = pa.schema(
+    {
+        "document": pa.int32(),
+        "file": pa.string(),
+        "record": pa.int64(),
+        "source": pa.string(),
+        "title": pa.string(),
+    }
+)
+COUNTS = ("skipped", "left_out", "special", "empty_files", "unread", "repeated")
+"""Attributes that count what is not in the table, or only once."""
+_MAKE_ONE = "make one with: actstore tokenize TEXT --tokenizer T --out URL"
+_MAX_GROUP_BYTES, _MAX_DOCUMENTS_BYTES = 1 << 23, 1 << 31
+_COPIES = 16
+"""Objects that are copied at a time."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
@@ -44,7 +58,7 @@ class TokenTable:
     seq_len: int
     sequences: int
     tokens: int
-    """Rows: positions that `rule` keeps."""
+    """Rows: positions that are kept."""
     max_id: int
     """The greatest token id: a model needs a vocabulary above it."""
     vocab_size: int
@@ -67,64 +81,96 @@ class TokenTable:
     """Malformed documents that were left out."""
     left_out: int = 0
     """Tokens of an incomplete last sequence, which are not in the table because nothing could pad it."""
+    special: int = 0
+    """BOS, EOS and padding found in `input_ids`: never rows, and in the table only with packing `ready`."""
+    empty_files: int = 0
+    """Source files in which no document held text."""
+    unread: int = 0
+    """Files in the sources' directories that are not read: of no known form, hidden, temporary, or of other tables."""
+    unread_first: tuple[str, ...] = ()
+    """Names of the first of them."""
+    repeated: int = 0
+    """Source files that were named more than once; each is read once."""
     storage: Storage = field(repr=False, compare=False)
     prefix: str = field(default="", repr=False, compare=False)
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """BOS, EOS and padding."""
-        return special_ids(self.bos_id, self.eos_id, self.pad_id)
+        """BOS, EOS and padding, ascending."""
+        return tuple(sorted({i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None}))
 
     @property
     def rule(self) -> RowRule:
         """Which positions are rows."""
-        return RowRule(ids=(*self.special_ids, *self.skip_ids), first_positions=self.skip_first)
+        return RowRule(ids=self.skip_ids, first_positions=self.skip_first)
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Token ids of sequences [start, stop): [n, seq_len]."""
-        return self._read("ids", start, stop)
+        ids = self._read("ids", start, stop)
+        if ids.size and not 0 <= ids.min() <= ids.max() <= self.max_id:
+            raise IntegrityError(
+                f"{self._where('ids')}: ids are {ids.min()} to {ids.max()}, expected 0 to {self.max_id}"
+            )
+        return ids
 
     def documents(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Document numbers of sequences [start, stop), -1 at special tokens: [n, seq_len]."""
+        """Document numbers of sequences [start, stop), -1 at BOS and EOS, -2 at padding: [n, seq_len]."""
         return self._read("document", start, stop)
+
+    def row_counts(self) -> NDArray[np.int32]:
+        """Rows in each sequence [sequences]."""
+        counts = self._read("rows", 0, self.sequences)
+        found = int(counts.sum(dtype=np.int64)), int(counts.min()), int(counts.max())
+        if found[0] != self.tokens or found[1] < 0 or found[2] > self.seq_len:
+            raise IntegrityError(
+                f"{self._where('rows')}: sequences of {found[1]} to {found[2]} rows, {found[0]} in all, expected 0 to "
+                f"{self.seq_len} and {self.tokens}; make the table again"
+            )
+        return counts
 
     def document_names(self) -> pa.Table:
         """Columns document, file, record, source, title; one row per document."""
-        return pq.read_table(pa.BufferReader(self.storage.get(self.prefix + DOCUMENTS_KEY)))
+        data = self.storage.get(self.prefix + DOCUMENTS_KEY, _MAX_DOCUMENTS_BYTES)
+        try:
+            file = pq.ParquetFile(
+                pa.BufferReader(data), read_dictionary=["file", "source", "title"], page_checksum_verification=True
+            )
+            names, raw = DOCUMENT_COLUMNS.names, pa.BufferReader(data)
+            claimed = sum(claims.total for claims in group_claims(raw, file, names, len(data)))
+            claimed += 24 * file.metadata.num_rows  # a number, or a place in a dictionary, for each column
+            if file.schema_arrow.names != names or claimed > decoded_limit(len(data)):
+                raise ValueError(f"{claimed} bytes of {', '.join(file.schema_arrow.names)}")
+            return file.read()
+        except DAMAGED as e:
+            raise IntegrityError(f"{self._where(DOCUMENTS_KEY)} is damaged: {e}; make the table again") from e
 
-    def keys(self) -> list[str]:
-        """The table's objects in the order in which to write them, the commit last; without prefix."""
-        arrays = [f"{name}/{GROUP_KEY}" for name in ARRAYS]
-        chunks = [
-            f"{name}/c/{i}/0" for name in ARRAYS for i in range(-(-self.sequences // self._metadata[name]["chunk"]))
-        ]
-        return [*arrays, *chunks, DOCUMENTS_KEY, GROUP_KEY]
+    def objects(self) -> Iterator[tuple[str, TableArray | None]]:
+        """Keys of all objects but the group, without prefix, and the array that an object is a chunk of."""
+        for array in self._arrays.values():
+            yield array.metadata_key, None
+            for i in range(array.num_chunks):
+                yield array.chunk_key(i), array
+        yield DOCUMENTS_KEY, None
 
     @cached_property
-    def _metadata(self) -> dict[str, dict[str, Any]]:
-        return {name: _array_metadata(self, name) for name in ARRAYS}
+    def _arrays(self) -> dict[str, TableArray]:
+        shapes = array_shapes(self.sequences, self.seq_len)
+        return {name: open_array(self.storage, self.prefix, name, shape) for name, shape in shapes.items()}
+
+    def _where(self, key: str) -> str:
+        return f"{self.storage.url}: {self.prefix}{key}"
 
     def _read(self, name: str, start: int, stop: int) -> NDArray[np.int32]:
         if not 0 <= start <= stop <= self.sequences:
             raise ValueError(f"sequences [{start}, {stop}) are not within [0, {self.sequences})")
-        if start == stop:
-            return np.empty((0, self.seq_len), np.int32)
-        metadata = self._metadata[name]
-        keys = [GROUP_KEY] + [
-            f"c/{i}/0" for i in range(start // metadata["chunk"], (stop - 1) // metadata["chunk"] + 1)
-        ]
-        buffer = default_buffer_prototype().buffer
-        objects = {
-            key: buffer.from_bytes(metadata["json"] if key == GROUP_KEY else self._get(f"{name}/{key}")) for key in keys
-        }
-        try:
-            array = zarr.open_array(MemoryStore(objects), mode="r")
-            return np.ascontiguousarray(array[start:stop], np.int32)
-        except (ValueError, RuntimeError) as e:
-            raise IntegrityError(f"{self.storage.url}: {self.prefix}{name} is damaged: {e}; make it again") from e
-
-    def _get(self, key: str) -> bytes:
-        return self.storage.get(self.prefix + key)
+        array = self._arrays[name]
+        out = np.empty((stop - start, *array.shape[1:]), np.int32)
+        for first in range(start - start % array.chunk_rows, stop, array.chunk_rows):
+            key = array.chunk_key(first // array.chunk_rows)
+            chunk = array.decode(self.storage.get(self.prefix + key, array.max_stored), self._where(key))
+            begin, end = max(start, first), min(stop, first + array.chunk_rows)
+            out[begin - start : end - start] = chunk[begin - first : end - first]
+        return out
 
 
 DEFAULTS: dict[str, Any] = {
@@ -133,22 +179,9 @@ DEFAULTS: dict[str, Any] = {
 """Attributes that a table does not name where they have these values; tables older than an attribute read so too."""
 
 
-def _array_metadata(table: TokenTable, name: str) -> dict[str, Any]:
-    raw = table.storage.get(f"{table.prefix}{name}/{GROUP_KEY}")
-    where = f"{table.storage.url}: {table.prefix}{name}/{GROUP_KEY}"
-    try:
-        data = json.loads(raw)
-        shape, chunk = data["shape"], data["chunk_grid"]["configuration"]["chunk_shape"]
-        codecs = {c["name"] for c in data["codecs"]}
-        dtype = data["data_type"]
-    except (ValueError, TypeError, KeyError) as e:
-        raise TokensError(f"{where} is damaged: {e!r}") from e
-    expected = [table.sequences, table.seq_len]
-    if shape != expected or dtype != "int32" or not codecs <= _CODECS:
-        raise TokensError(f"{where}: found {dtype} {shape} with {sorted(codecs)}, expected int32 {expected}")
-    if not isinstance(chunk, list) or len(chunk) != 2 or chunk[1] != table.seq_len or not _whole(chunk[0], 1):
-        raise TokensError(f"{where}: chunks are {chunk!r}, expected [n, {table.seq_len}]")
-    return {"chunk": chunk[0], "json": raw}
+def array_shapes(sequences: int, seq_len: int) -> dict[str, tuple[int, ...]]:
+    """The arrays of a table, in the order in which they are written."""
+    return {"ids": (sequences, seq_len), "document": (sequences, seq_len), "rows": (sequences,)}
 
 
 def open_tokens(source: str | Storage, prefix: str = "") -> TokenTable:
@@ -158,18 +191,18 @@ def open_tokens(source: str | Storage, prefix: str = "") -> TokenTable:
     """
     storage = open_storage(source) if isinstance(source, str) else source
     try:
-        raw = storage.get(prefix + GROUP_KEY)
-    except StoreError as e:
-        raise TokensError(f"{storage.url}: {_what_is_there(storage)}, not a token table; {MAKE_ONE}") from e
+        raw = storage.get(prefix + GROUP_KEY, _MAX_GROUP_BYTES)
+    except MissingError as e:
+        raise TokensError(f"{storage.url}: {_what_is_there(storage)}, not a token table; {_MAKE_ONE}") from e
     try:
         attributes = json.loads(raw)["attributes"]
         data = attributes.get(ATTRIBUTE)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise TokensError(f"{storage.url}: {prefix}{GROUP_KEY} is not a zarr group's metadata; {MAKE_ONE}") from e
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError) as e:
+        raise TokensError(f"{storage.url}: {prefix}{GROUP_KEY} is not a zarr group's metadata; {_MAKE_ONE}") from e
     if data is None and "actstore" in attributes:
         raise TokensError(f"{storage.url}: this is an activation store; its token table is at {storage.url}/tokens")
     if not isinstance(data, dict):
-        raise TokensError(f"{storage.url}: a zarr group without {ATTRIBUTE!r}, not a token table; {MAKE_ONE}")
+        raise TokensError(f"{storage.url}: a zarr group without {ATTRIBUTE!r}, not a token table; {_MAKE_ONE}")
     return TokenTable(**_checked(data, f"{storage.url}: {ATTRIBUTE}"), storage=storage, prefix=prefix)
 
 
@@ -188,8 +221,9 @@ def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
     if values.keys() != names:
         raise TokensError(f"{where}: fields are {sorted(values)}, expected {sorted(names)}")
     checks = {
-        **{name: _whole(values[name], 1) for name in ("sequences", "tokens", "vocab_size")},
-        "seq_len": _whole(values["seq_len"], 2),
+        "seq_len": _whole(values["seq_len"], MIN_SEQ_LEN) and values["seq_len"] <= MAX_SEQ_LEN,
+        "sequences": _whole(values["sequences"], 1) and values["sequences"] <= MAX_SEQUENCES,
+        **{name: _whole(values[name], 1) for name in ("tokens", "vocab_size")},
         "max_id": _whole(values["max_id"], 0) and values["max_id"] < 1 << 31,
         "seed": _whole(values["seed"], -(1 << 63)),
         **{name: values[name] is None or _whole(values[name], 0) for name in ("bos_id", "eos_id", "pad_id")},
@@ -198,19 +232,20 @@ def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
         "packing": values["packing"] in get_args(Packing),
         "bos": isinstance(values["bos"], bool),
         "skip_ids": isinstance(values["skip_ids"], (list, tuple)) and all(_whole(i, 0) for i in values["skip_ids"]),
-        **{name: _whole(values[name], 0) for name in ("skip_first", "skipped", "left_out")},
+        "unread_first": isinstance(values["unread_first"], (list, tuple)),
+        **{name: _whole(values[name], 0) for name in ("skip_first", *COUNTS)},
         "sources": isinstance(values["sources"], list) and all(isinstance(s, dict) for s in values["sources"]),
     }
     for name, good in checks.items():
         if not good:
             raise TokensError(f"{where}: {name} is {values[name]!r}, which can't be; the table is damaged")
-    return values | {"skip_ids": tuple(values["skip_ids"])}
+    return values | {"skip_ids": tuple(values["skip_ids"]), "unread_first": tuple(map(str, values["unread_first"]))}
 
 
 def _what_is_there(storage: Storage) -> str:
     if not isinstance(storage, LocalStorage):
         return "no zarr group there"
-    root: Path = storage.root
+    root = storage.root
     if root.is_file():
         return "a file"
     if not root.is_dir():
@@ -220,15 +255,36 @@ def _what_is_there(storage: Storage) -> str:
 
 
 def copy_tokens(table: TokenTable, storage: Storage, prefix: str = "tokens") -> TokenTable:
-    """Copy a table below `prefix` of another storage, unless it is there already; return the copy."""
-    prefix = f"{prefix.strip('/')}/"
-    if storage.exists(prefix + GROUP_KEY):
-        copy = open_tokens(storage, prefix)
+    """Copy a table below `prefix` of another storage, unless it is there already; return the copy.
+
+    A copy that was interrupted goes on: chunks that are there, with equal size and checksum, are not copied again.
+    `IntegrityError` if a chunk is damaged.
+    """
+    prefix = prefix.strip("/")
+    group = f"{prefix}/{GROUP_KEY}"
+    if storage.exists(group):
+        copy = open_tokens(storage, f"{prefix}/")
         if copy.fingerprint != table.fingerprint:
             raise TokensError(
-                f"{storage.url}: {prefix} holds another token table ({copy.fingerprint}); use another --out"
+                f"{storage.url}: {prefix}/ holds another token table ({copy.fingerprint}); use another --out"
             )
         return copy
-    for key in table.keys():  # noqa: SIM118  a list of objects, not a mapping
-        storage.put(prefix + key, table.storage.get(table.prefix + key))
-    return open_tokens(storage, prefix)
+    present = storage.list(prefix)
+
+    def put(item: tuple[str, TableArray | None]) -> None:
+        key, array = item
+        source, target = table.prefix + key, f"{prefix}/{key}"
+        size = present.get(target, 0)
+        if array and CRC_BYTES < size == table.storage.size(source):
+            at = size - CRC_BYTES, CRC_BYTES
+            if storage.get_range(target, *at) == table.storage.get_range(source, *at):
+                return
+        data = table.storage.get(source, array.max_stored if array else _MAX_DOCUMENTS_BYTES)
+        if array:
+            array.checked(data, f"{table.storage.url}: {source}")
+        storage.put(target, data)
+
+    for _ in in_order(put, table.objects(), threads=_COPIES, ahead=2 * _COPIES):
+        pass
+    storage.put(group, table.storage.get(table.prefix + GROUP_KEY, _MAX_GROUP_BYTES))
+    return open_tokens(storage, f"{prefix}/")

@@ -29,7 +29,7 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
-    """Falls back to EOS, then BOS: none of them is ever kept, so padding can't become a row."""
+    """Falls back to EOS, then BOS."""
     digest: str
     """BLAKE2b-128 of the vocabulary (token strings by id): equal where ids mean the same."""
     encode: Callable[[list[str]], list[list[int]]]
@@ -106,5 +106,8 @@ def _digest(vocabulary: dict[str, int]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text without line breaks, cut at 240 characters."""
-    return " ".join(str(error).split())[:240]
+    """The error's text without line breaks, cut at 240 characters; its type if that alone says what it is."""
+    text = " ".join(str(error).split())[:240]
+    if isinstance(error, KeyError):
+        return f"{text} is missing"
+    return text or type(error).__name__

@@ -175,16 +175,16 @@ def test_a_bucket_does_not_depend_on_the_others(folder):
     """Any bucket size cuts sequences at its edges; the rows are the same wherever batches are the same."""
     table = open_tokens(str(folder / "tokens"))
     starts = row_starts(table)
-    ids = table.ids(0, table.sequences)
+    ids, documents = table.ids(0, table.sequences), table.documents(0, table.sequences)
     sites = parse_sites("resid_post.1")
     model = model_of("gemma2")
 
     def rows(first, stop):
         span = span_of(starts, first, stop)
-        here = ids[span.first_sequence : span.stop_sequence]
+        here = slice(span.first_sequence, span.stop_sequence)
         place = np.arange(stop - first)
         options = {"rule": table.rule, "batch_size": 1, "encoding": "f32"}
-        arrays, found = bucket_rows(model, sites, here, span, place, **options)
+        arrays, found = bucket_rows(model, sites, ids[here], documents[here], span, place, **options)
         return arrays["resid_post.1"], found
 
     whole, provenance = rows(0, 300)

@@ -19,7 +19,7 @@ from tiny import tokenizer_of
 from actstore.errors import TokensError
 from actstore.progress import Progress
 from actstore.tokens import TokenizeConfig, build, documents, open_tokens, row_starts, rows_of, tokenize
-from actstore.tokens.sources import list_files
+from actstore.tokens.sources import find_sources
 from actstore.tokens.tokenizer import load_tokenizer
 
 TEXTS = [f"Document {i}: the quick brown fox {'jumps over ' * (i % 13)}the lazy dog. é{i}" for i in range(200)]
@@ -68,10 +68,10 @@ def test_ready_sequences_are_stored_as_they_are(made):
     )
     found = sorted(zip(table.ids(0, 4).tolist(), table.documents(0, 4).tolist(), strict=True))
     assert found == sorted([
-        ([0, 0, 1, 5, 6, 0, 0, 0], [-1, -1, -1, 0, 0, -1, -1, -1]),
-        ([1, 7, 8, 0, 0, 0, 0, 0], [-1, 1, 1, -1, -1, -1, -1, -1]),
+        ([0, 0, 1, 5, 6, 0, 0, 0], [-2, -2, -1, 0, 0, -2, -2, -2]),
+        ([1, 7, 8, 0, 0, 0, 0, 0], [-1, 1, 1, -2, -2, -2, -2, -2]),
         ([9] * 8, [2] * 8),
-        ([0] * 8, [-1] * 8),
+        ([0] * 8, [-2] * 8),
     ])  # fmt: skip
     assert (table.tokens, table.packing) == (12, "ready")
 
@@ -80,9 +80,9 @@ def test_separate_documents_go_on_in_further_sequences(made):
     table = made({"a.jsonl": jsonl({"input_ids": [*range(10, 20)]}, {"input_ids": [5]})}, seq_len=8, packing="separate")
     found = sorted(zip(table.ids(0, 3).tolist(), table.documents(0, 3).tolist(), strict=True))
     assert found == [
-        ([1, 5, 0, 0, 0, 0, 0, 0], [-1, 1, -1, -1, -1, -1, -1, -1]),
+        ([1, 5, 0, 0, 0, 0, 0, 0], [-1, 1, -2, -2, -2, -2, -2, -2]),
         ([1, 10, 11, 12, 13, 14, 15, 16], [-1, 0, 0, 0, 0, 0, 0, 0]),
-        ([1, 17, 18, 19, 0, 0, 0, 0], [-1, 0, 0, 0, -1, -1, -1, -1]),
+        ([1, 17, 18, 19, 0, 0, 0, 0], [-1, 0, 0, 0, -2, -2, -2, -2]),
     ]
 
 
@@ -118,14 +118,16 @@ def test_row_rules_agree_with_a_brute_count(rule, ids, loaded, tmp_path_factory)
         m.setattr(build, "load_tokenizer", lambda name: loaded)
         table = tokenize(replace(config, skip_first=rule["skip_first"], skip_ids=tuple(rule["skip_ids"])), QUIET)
         default = tokenize(replace(config, out=str(folder / "d")), QUIET)
-    stored_ids = table.ids(0, table.sequences)
-    left_out = {0, 1, 2} | rule["skip_ids"]
+    stored_ids, documents = table.ids(0, table.sequences), table.documents(0, table.sequences)
     brute = [
         (s, p)
         for s in range(table.sequences)
         for p in range(rule["skip_first"], 16)
-        if stored_ids[s, p] not in left_out
+        if documents[s, p] >= 0 and stored_ids[s, p] not in rule["skip_ids"]
     ]
+    stripped = [bytes(i).strip(b"\0").translate(None, b"\1\2") for i in [*ids, [50] * 40]]
+    assert (documents >= 0).sum() == default.tokens == sum(map(len, stripped))
+    assert default.special == sum(map(len, [*ids, [50] * 40])) - default.tokens
     starts = row_starts(table)
     rows = rows_of(table, starts, 0, int(starts[-1]))
     assert list(zip(rows.sequence, rows.position, strict=True)) == brute
@@ -156,7 +158,7 @@ GOLDEN = """{
   "attributes": {
     "actstore_tokens": {
       "format_version": 1,
-      "fingerprint": "ec92c40ae6eb47860c445fe1bf0dffa4",
+      "fingerprint": "2e0aa6920925e742b6be3a63337943fa",
       "sequences": 940,
       "tokens": 119203,
       "max_id": 4094,
@@ -179,10 +181,10 @@ GOLDEN = """{
     }
   }
 }"""
-"""Attributes of a table that was made before packings, BOS and row rules could be chosen."""
+"""Attributes of a table of defaults."""
 
 
-def test_a_default_table_is_what_it_was_before_there_were_options(tmp_path):
+def test_a_default_table_is_what_it_was(tmp_path):
     config = TokenizeConfig(sources=("builtin-heldout",), tokenizer="builtin", seq_len=128, out=str(tmp_path / "t"))
     table = tokenize(config, QUIET)
     assert (tmp_path / "t" / "zarr.json").read_text() == GOLDEN
@@ -321,13 +323,13 @@ def save_to_disk(folder, texts, shards):
 def test_a_saved_data_set_is_its_data_files(tmp_path):
     save_to_disk(tmp_path / "set", TEXTS, 3)
     names = ["data-00000-of-00003.arrow", "data-00001-of-00003.arrow", "data-00002-of-00003.arrow"]
-    files = list_files((str(tmp_path / "set"),))
+    files = find_sources((str(tmp_path / "set"),)).files
     assert [f.name for f in files] == names
     found = [d.content for f in files for b in documents.batches(f, "text") for d in b]
     assert found == [t for i in range(3) for t in TEXTS[i::3]]
     (tmp_path / "set" / names[1]).unlink()
     with pytest.raises(TokensError, match=rf"{names[1]} is missing"):
-        list_files((str(tmp_path / "set"),))
+        find_sources((str(tmp_path / "set"),))
 
 
 def test_splits_are_never_mixed_silently(tmp_path):
@@ -335,8 +337,8 @@ def test_splits_are_never_mixed_silently(tmp_path):
         save_to_disk(tmp_path / "dict" / split, TEXTS, 1)
     (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(TokensError, match="a DatasetDict of the splits train, test; name one split's directory"):
-        list_files((str(tmp_path / "dict"),))
-    assert len(list_files((str(tmp_path / "dict" / "train"),))) == 1
+        find_sources((str(tmp_path / "dict"),))
+    assert len(find_sources((str(tmp_path / "dict" / "train"),)).files) == 1
     (tmp_path / "dict" / "dataset_dict.json").write_text("[]")
     with pytest.raises(TokensError, match=r"dataset_dict\.json is none that datasets\.save_to_disk writes"):
-        list_files((str(tmp_path / "dict"),))
+        find_sources((str(tmp_path / "dict"),))

@@ -308,7 +308,7 @@ READING = """
 import os, resource, sys
 import pyarrow as pa, pyarrow.parquet as pq
 from actstore.tokens.documents import batches
-from actstore.tokens.sources import list_files
+from actstore.tokens.sources import find_sources
 
 def apart(work):
     pid = os.fork()
@@ -322,7 +322,7 @@ def write():
     pq.write_table(texts, path, row_group_size=1 << 30, compression="none", use_dictionary=False)
 
 def read():
-    (file,) = list_files((path,))
+    (file,) = find_sources((path,)).files
     assert sum(len(b) for b in batches(file, "text")) == mb * 100
     print(mb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, flush=True)
 

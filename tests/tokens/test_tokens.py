@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tiny import tokenizer_of
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from actstore import keyed
 from actstore.errors import IntegrityError, MismatchError, StoreError, TokensError
 from actstore.progress import Progress
 from actstore.store.storage import open_storage
-from actstore.tokens import TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
-from actstore.tokens.pack import Layout, framed, pack, special_ids
+from actstore.tokens import RowRule, TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
+from actstore.tokens.pack import Layout, framed, pack
 from actstore.tokens.tokenizer import load_tokenizer
 
 TEXTS = [f"Document {i}: the quick brown fox, {'jumps over ' * (i % 13)}the lazy dog.\n\nEnd é{i}." for i in range(60)]
@@ -58,18 +60,14 @@ SPECIALS = st.sampled_from([(1, 2, 0), (1, 2, 2), (1, 1, 1), (None, 2, 2), (None
 DOCUMENTS = st.lists(st.lists(st.integers(3, 99), max_size=40), min_size=1, max_size=25)
 
 
-def packed(documents, specials, packing, seq_len, batch=1000, *, bos=True):
+def packed(documents, specials, packing, seq_len, batch=1000, *, bos=True, given=True):
     """Sequences and document numbers [n, seq_len] of documents that come in batches, then what is left over."""
-    first_id = specials[0] if bos and packing != "ready" else None
-    layout = Layout(
-        packing=packing,
-        seq_len=seq_len,
-        first_id=first_id,
-        eos_id=specials[1],
-        pad_id=specials[2],
-        special_ids=special_ids(*specials),
-    )
-    parts = [pack(documents[i : i + batch], i, layout) for i in range(0, len(documents), batch)]
+    bos_id, eos_id, pad_id = specials
+    layout = Layout(packing=packing, seq_len=seq_len, bos=bos, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
+    given = [given] * len(documents) if isinstance(given, bool) else given
+    parts = [
+        pack(documents[i : i + batch], given[i : i + batch], i, layout)[0] for i in range(0, len(documents), batch)
+    ]
     ids, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
     whole = ids.size // layout.body * layout.body
     rest = ids[whole:], numbers[whole:]
@@ -103,7 +101,7 @@ def test_separate_never_puts_two_documents_in_a_sequence(documents, seq_len, spe
         for i in range(0, len(document), body):
             part = document[i : i + body]
             gap = body - len(part)
-            expected.append((first + part + [pad] * gap, [-1] * len(first) + [n] * len(part) + [-1] * gap))
+            expected.append((first + part + [pad] * gap, [-1] * len(first) + [n] * len(part) + [-2] * gap))
     assert list(zip(ids.tolist(), numbers.tolist(), strict=True)) == expected
     assert rest.size == 0
 
@@ -115,8 +113,22 @@ def test_ready_is_what_it_was(data, seq_len, specials, batch):
     ids, numbers, rest, _ = packed(documents, specials, "ready", seq_len, batch)
     expected = [d + [specials[2]] * (seq_len - len(d)) for d in documents]
     assert ids.tolist() == expected
-    assert numbers.tolist() == [[-1 if i in specials else n for i in s] for n, s in enumerate(expected)]
+    for n, (document, found) in enumerate(zip(documents, numbers.tolist(), strict=True)):
+        roles = roles_of(document, specials) + [-2] * (seq_len - len(document))
+        assert [min(r, 0) for r in found] == roles or max(roles) < 0 > max(found)
+        assert {r for r in found if r >= 0} <= {n}
     assert rest.size == 0
+
+
+def roles_of(ids, specials):
+    """By hand: 0 for a token, -1 for BOS and EOS, -2 for padding in a document that came as ids."""
+    bos, eos, pad = specials
+    roles = [-1 if i in {bos, eos} else 0 for i in ids]
+    front = next((n for n, i in enumerate(ids) if i != pad), len(ids))
+    back = next((n for n, i in enumerate(reversed(ids)) if i != pad), len(ids))
+    front -= pad == (eos if bos is None else bos) and front > 0
+    back -= pad == eos and back > 0
+    return [-2 if n < front or n >= len(ids) - back else r for n, r in enumerate(roles)]
 
 
 @pytest.mark.parametrize("packing", ["joined", "separate"])
@@ -124,8 +136,52 @@ def test_special_ids_inside_documents_are_left_out_where_packing_puts_in_its_own
     ids, numbers, *_ = packed([[1, 5, 6, 2], [1, 7, 2, 0, 0]], (1, 2, 0), packing, 5)
     expected = {"joined": [[1, 5, 6, 2, 7]], "separate": [[1, 5, 6, 0, 0], [1, 7, 0, 0, 0]]}[packing]
     assert ids.tolist() == expected
-    owner = {5: 0, 6: 0, 7: 1}
+    owner = {0: -2, 5: 0, 6: 0, 7: 1}
     assert numbers.tolist() == [[owner.get(i, -1) for i in s] for s in expected]
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), seq_len=st.integers(2, 9), specials=SPECIALS, packing=st.sampled_from(["joined", "separate"]))
+def test_a_token_of_text_is_kept_whatever_its_id_is(data, seq_len, specials, packing):
+    documents = data.draw(st.lists(st.lists(st.integers(0, 4), max_size=12), min_size=1, max_size=6))
+    are_ids = data.draw(st.lists(st.booleans(), min_size=len(documents), max_size=len(documents)))
+    rule = RowRule(first_positions=data.draw(st.integers(0, 3)))
+    ids, numbers, rest, rest_numbers = packed(documents, specials, packing, seq_len, 2, given=are_ids)
+    flat, owners = np.concatenate([ids.ravel(), rest]), np.concatenate([numbers.ravel(), rest_numbers])
+    for n, (document, is_ids) in enumerate(zip(documents, are_ids, strict=True)):
+        roles = roles_of(document, specials) if is_ids else [0] * len(document)
+        if max(roles, default=0) == 0:
+            assert flat[owners == n].tolist() == [i for i, r in zip(document, roles, strict=True) if r == 0]
+    mask = kept(ids, numbers, rule)
+    assert np.array_equal(mask, (numbers >= 0) & (np.arange(seq_len) >= rule.first_positions))
+
+
+def test_skipped_positions_count_from_the_first_token_that_is_no_padding():
+    ids = np.array([[0, 0, 1, 5, 6, 7], [1, 5, 6, 7, 0, 0], [0, 0, 0, 0, 0, 0], [0, 5, 6, 7, 8, 9]], np.int32)
+    numbers = np.array([[-2, -2, -1, 0, 0, 0], [-1, 1, 1, 1, -2, -2], [-2] * 6, [-2] + [3] * 5], np.int32)
+    rows = [ids[n][kept(ids, numbers, RowRule(first_positions=2))[n]].tolist() for n in range(4)]
+    assert rows == [[6, 7], [6, 7], [], [7, 8, 9]]
+    rows = [ids[n][kept(ids, numbers, RowRule(ids=(7, 0)))[n]].tolist() for n in range(4)]
+    assert rows == [[5, 6], [5, 6], [], [5, 6, 8, 9]]
+
+
+@pytest.mark.parametrize("special", [{"pad_token": "the"}, {"eos_token": "the"}, {"pad_token": "<unk>"}])
+def test_a_vocabulary_whose_special_id_is_a_common_token_loses_none(tmp_path, special):
+    words = {w: i for i, w in enumerate(["<unk>", "the", "cat", "sat", "<s>", "</s>"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | special
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "t")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "the cat sat the zebra"}) * 1 + "\n")
+    for packing in ("joined", "separate"):
+        out = str(tmp_path / packing)
+        source = (str(tmp_path / "t.jsonl"),)
+        table = tokenize(
+            TokenizeConfig(sources=source, tokenizer=str(tmp_path / "t"), seq_len=8, out=out, packing=packing), QUIET
+        )
+        rows = rows_of(table, row_starts(table), 0, table.tokens)
+        assert rows.token_id.tolist() == [1, 2, 3, 1, 0]
+        assert table.special == 0
 
 
 @pytest.mark.parametrize(("packing", "documents"), [("separate", [[5, 6], [7]]), ("ready", [[5, 6], [7]])])
@@ -219,7 +275,7 @@ def test_tokenizers_without_some_special_tokens(config, tmp_path, bos, eos, pad)
     table = tokenize(replace(config, tokenizer=str(tmp_path / "t")), QUIET)
     ids, documents = table.ids(0, table.sequences), table.documents(0, table.sequences)
     assert (table.bos_id is None) == (bos is None)
-    assert np.array_equal(kept(ids, table.rule), documents >= 0)
+    assert np.array_equal(kept(ids, documents, table.rule), documents >= 0)
     assert row_starts(table)[-1] == table.tokens == (documents >= 0).sum()
 
 
@@ -316,7 +372,7 @@ def test_wrong_places_are_named(config, folder, tmp_path):
     [
         ("sequences", -1, "sequences is -1"),
         ("seq_len", "32", "seq_len is '32'"),
-        ("sequences", 10**6, "expected int32"),
+        ("sequences", 10**6, r"shape is \[\d+, 32\], expected \[1000000, 32\]"),
         ("bos_id", 1.5, "bos_id is 1.5"),
         ("fingerprint", "../x", "fingerprint is"),
         ("format_version", 9, "format version is 9, this actstore reads 1; update actstore"),
@@ -339,14 +395,14 @@ def test_damaged_and_missing_chunks_are_noticed(config, tmp_path):
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)
-    with pytest.raises(IntegrityError, match="ids is damaged"):
+    with pytest.raises(IntegrityError, match="ids/c/0/0 is damaged: its checksum"):
         table.ids(0, 1)
     chunk.unlink()
     with pytest.raises(StoreError, match="ids/c/0/0 is missing"):
         table.ids(0, 1)
     meta = tmp_path / "table" / "document" / "zarr.json"
     meta.write_text(meta.read_text().replace("zstd", "numcodecs.pickle"))
-    with pytest.raises(TokensError, match=r"found int32 .*numcodecs\.pickle"):
+    with pytest.raises(TokensError, match=r"codecs is .*numcodecs\.pickle"):
         open_tokens(config.out).documents(0, 1)
 
 
