@@ -55,15 +55,7 @@ def tokenize(config: OmitArgPrefixes[TokenizeConfig], *, json: Json = None) -> N
     from actstore.tokens import tokenize as run
 
     with Progress() as progress:
-        table = run(config, progress)
-    figures = {
-        "sequences": table.sequences,
-        "seq_len": table.seq_len,
-        "tokens": table.tokens,
-        "skipped": table.skipped,
-        "left_out": table.left_out,
-        "fingerprint": table.fingerprint,
-    }
+        figures = run(config, progress).summary()
     console.print_table(f"token table {config.out}", figures)
     console.write_json(json, figures)
 

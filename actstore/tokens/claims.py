@@ -45,11 +45,11 @@ def group_claims(raw: Any, file: pq.ParquetFile, columns: list[str], stored: int
         claims = GroupClaims(group[3])
         for i, column in enumerate(c[3] for c in group[1]):
             name = b".".join(column[3]).decode()
-            if any(f"{name}.".startswith(f"{c}.") for c in columns):
+            if column[5] and any(f"{name}.".startswith(f"{c}.") for c in columns):
                 lists = file.schema.column(i).max_repetition_level > 0
                 at = min(column[9], column.get(11) or column[9])
                 stop = at + column[7]
-                if not 0 < at <= stop <= stored:
+                if not 0 <= at <= stop <= stored:
                     raise ValueError(f"column {name} lies outside the file")
                 while at < stop:
                     header, at = _page_header(raw, at)

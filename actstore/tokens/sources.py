@@ -29,10 +29,10 @@ NAMED = 3
 _SAMPLE_BYTES = 1 << 16
 _MAX_STATE_BYTES = 1 << 24
 _METADATA = re.compile(
-    r"(dataset_infos?|dataset_dict|state|(generation_|preprocessor_|tokenizer_)?config|tokenizer|special_tokens_map|"
+    r"(zarr|dataset_infos?|dataset_dict|state|(generation_|preprocessor_|tokenizer_)?config|tokenizer|special_tokens_map|"
     r"added_tokens|vocab|.*\.index)\.json"
 )
-"""JSON files that Hugging Face's libraries write beside data and models."""
+"""JSON files that zarr and Hugging Face's libraries write beside data and models."""
 _HIDDEN = re.compile(r"[._].*|te?mp|.*(\.te?mp|\.partial|~)", re.IGNORECASE)
 """Files and folders that programs hide, or keep while they write: Spark, editors, caches, `tokenize` itself."""
 _READERS = 16

@@ -104,6 +104,11 @@ class TokenTable:
         """Which positions are rows."""
         return RowRule(ids=self.skip_ids, first_positions=self.skip_first)
 
+    def summary(self) -> dict[str, Any]:
+        """What the table holds, what it leaves out and why."""
+        names = ("sequences", "seq_len", "tokens", *COUNTS, "unread_first", "fingerprint")
+        return {name: getattr(self, name) for name in names}
+
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Token ids of sequences [start, stop): [n, seq_len]."""
         ids = self._read("ids", start, stop)

@@ -234,7 +234,8 @@ skewed = pa.array([long] * 300 + ["short"] * 300_000)
 def write():
     pq.write_table(pa.table({"text": same}), f"{out}/same.parquet")
     pq.write_table(pa.table({"text": ["x"] * 2000, "title": same}), f"{out}/title.parquet")
-    pq.write_table(pa.table({"text": skewed}), f"{out}/skewed.parquet", use_dictionary=False, compression="none", write_batch_size=16)
+    plain = {"use_dictionary": False, "compression": "none", "write_batch_size": 16}
+    pq.write_table(pa.table({"text": skewed}), f"{out}/skewed.parquet", **plain)
     with pa.ipc.new_stream(f"{out}/same.arrow", pa.schema({"text": same.type})) as writer:
         writer.write_table(pa.table({"text": same}))
 def read(name):
