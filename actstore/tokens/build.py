@@ -9,7 +9,7 @@ the last one packed; chunks are compressed and put side by side. Order and resul
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,6 @@ from actstore.tokens.table import (
     FORMAT_VERSION,
     GROUP_KEY,
     TokenTable,
-    array_shapes,
     open_tokens,
 )
 from actstore.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +66,7 @@ def tokenize(config: TokenizeConfig, progress: Progress) -> TokenTable:
     spooled = {k: v for k, v in settings.items() if k not in _ORDER_AND_ROWS}
     with open_spool(storage, spooled, progress.say, may_skip=config.on_error == "skip") as spool:
         if not storage.exists(GROUP_KEY):
-            layout = _layout(config, tokenizer)
+            layout = Layout(**{field.name: settings[field.name] for field in fields(Layout)})
             _fill(spool, sources.files, tokenizer, layout, config, progress)
             _write(storage, spool, layout, settings, sources, progress)
     return _existing(storage, config, settings)
@@ -78,20 +77,14 @@ def _settings(config: TokenizeConfig, files: list[SourceFile], tokenizer: Tokeni
     skip_ids = tuple(sorted(set(config.skip_ids)))
     if skip_ids and skip_ids[-1] >= tokenizer.vocab_size:
         raise ValueError(f"skip_ids holds {skip_ids[-1]}, but {tokenizer.name} has {tokenizer.vocab_size} ids")
+    asked = ("seq_len", "seed", "packing", "bos", "skip_first", "text_column")
+    made_with = ("vocab_size", "bos_id", "eos_id", "pad_id")
     return {
-        "seq_len": config.seq_len,
-        "seed": config.seed,
-        "packing": config.packing,
-        "bos": config.bos,
-        "skip_first": config.skip_first,
+        **{name: getattr(config, name) for name in asked},
         "skip_ids": skip_ids,
-        "text_column": config.text_column,
         "tokenizer": tokenizer.name,
         "tokenizer_digest": tokenizer.digest,
-        "vocab_size": tokenizer.vocab_size,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id,
+        **{name: getattr(tokenizer, name) for name in made_with},
         "sources": identities(files),
     }
 
@@ -104,17 +97,6 @@ def _existing(storage: Storage, config: TokenizeConfig, settings: dict[str, Any]
     if found != asked:
         raise mismatch(f"the token table at {storage.url}", found, asked, "Use another --out.")
     return table
-
-
-def _layout(config: TokenizeConfig, tokenizer: Tokenizer) -> Layout:
-    return Layout(
-        packing=config.packing,
-        seq_len=config.seq_len,
-        bos=config.bos,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-    )
 
 
 def _fill(
@@ -260,8 +242,7 @@ def _put_sequences(storage: Storage, spool: Spool, layout: Layout, sequences: in
     """Write `ids` and `document`, several chunks at a time, and pass the sequences on in order."""
     order_key = keyed.key(seed, "sequences")
     rows = min(sequences, max(1, CHUNK_TOKENS // layout.seq_len))
-    shapes = array_shapes(sequences, layout.seq_len)
-    arrays = [TableArray(name, shapes[name], rows) for name in ("ids", "document")]
+    arrays = [TableArray(name, (sequences, layout.seq_len), rows) for name in ("ids", "document")]
     for array in arrays:
         _put_metadata(storage, array)
 

@@ -1,4 +1,6 @@
-"""What the headers in a parquet or arrow file say that its parts decode to, read before pyarrow decodes them.
+"""How much a file may decode to, and what its headers claim: read before pyarrow decodes a parquet or arrow file.
+
+A file may claim some memory for nothing, and beyond that only in proportion to the bytes that it has.
 
 pyarrow takes a header's word: a page or buffer of a few kB may claim, and zstd may fill, gigabytes. It also ends the
 process (26.0) when it is asked about columns whose metadata is malformed, so footers are read here. Formats:
@@ -13,12 +15,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore.tokens.limits import decoded_limit
-
 DAMAGED = (pa.ArrowException, ValueError, LookupError, TypeError, OverflowError, MemoryError, OSError)
 """What reading a damaged file raises, here and in pyarrow."""
+MAX_DOCUMENT_BYTES = 1 << 27
+"""Of one document, which is encoded whole."""
+_FREE_BYTES, _RATIO = 1 << 26, 256
+_FREE_DOCUMENT_BYTES, _DOCUMENT_RATIO = 1 << 24, 64
 _HEADER_BYTES, _MAX_HEADER_BYTES = 1 << 10, 1 << 24
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+
+
+def decoded_limit(stored: int) -> int:
+    """Most bytes that a part of a file of `stored` bytes may decode to at once."""
+    return _FREE_BYTES + _RATIO * stored
+
+
+def document_limit(stored: int) -> int:
+    """Most bytes of a document in a compressed file of `stored` bytes; text hardly ever compresses to a 64th."""
+    return min(MAX_DOCUMENT_BYTES, _FREE_DOCUMENT_BYTES + _DOCUMENT_RATIO * stored)
 
 
 @dataclass

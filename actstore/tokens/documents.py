@@ -4,7 +4,7 @@ Arrow files are what `datasets.save_to_disk` writes; they are read with pyarrow,
 text file is one document, whatever blank lines it has. A malformed document is passed on with what is wrong with it,
 because whether to go on is not decided here; a damaged file, of which the rest can't be trusted, is an error.
 
-What a file decodes to at once is bounded (`limits.py`, `claims.py`). Records of a table become Python values one by
+What a file decodes to at once is bounded (`claims.py`). Records of a table become Python values one by
 one, because records may share one long value in memory.
 """
 
@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actstore.errors import TokensError
-from actstore.tokens.claims import DAMAGED, check_messages, group_claims
-from actstore.tokens.limits import MAX_DOCUMENT_BYTES, document_limit
+from actstore.tokens.claims import DAMAGED, MAX_DOCUMENT_BYTES, check_messages, document_limit, group_claims
 from actstore.tokens.sources import SourceFile
 from actstore.tokens.tokenizer import one_line
 

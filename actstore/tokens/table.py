@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from actstore.errors import IntegrityError, MissingError, TokensError
 from actstore.store.storage import LocalStorage, Storage, open_storage
 from actstore.tokens.arrays import CRC_BYTES, TableArray, open_array
-from actstore.tokens.claims import DAMAGED, group_claims
+from actstore.tokens.claims import DAMAGED, decoded_limit, group_claims
 from actstore.tokens.config import MAX_SEQ_LEN, MIN_SEQ_LEN, Packing
-from actstore.tokens.limits import decoded_limit
 from actstore.tokens.ordered import in_order
 from actstore.tokens.rule import RowRule
 
@@ -106,8 +105,8 @@ class TokenTable:
 
     def summary(self) -> dict[str, Any]:
         """What the table holds, what it leaves out and why."""
-        names = ("sequences", "seq_len", "tokens", *COUNTS, "unread_first", "fingerprint")
-        return {name: getattr(self, name) for name in names}
+        first = ("unread_first",) if self.unread else ()
+        return {n: getattr(self, n) for n in ("sequences", "seq_len", "tokens", *COUNTS, *first, "fingerprint")}
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Token ids of sequences [start, stop): [n, seq_len]."""
@@ -159,7 +158,8 @@ class TokenTable:
 
     @cached_property
     def _arrays(self) -> dict[str, TableArray]:
-        shapes = array_shapes(self.sequences, self.seq_len)
+        whole = self.sequences, self.seq_len
+        shapes = {"ids": whole, "document": whole, "rows": whole[:1]}
         return {name: open_array(self.storage, self.prefix, name, shape) for name, shape in shapes.items()}
 
     def _where(self, key: str) -> str:
@@ -182,11 +182,6 @@ DEFAULTS: dict[str, Any] = {
     f.name: f.default for f in fields(TokenTable) if f.default is not MISSING and f.name != "prefix"
 }
 """Attributes that a table does not name where they have these values; tables older than an attribute read so too."""
-
-
-def array_shapes(sequences: int, seq_len: int) -> dict[str, tuple[int, ...]]:
-    """The arrays of a table, in the order in which they are written."""
-    return {"ids": (sequences, seq_len), "document": (sequences, seq_len), "rows": (sequences,)}
 
 
 def open_tokens(source: str | Storage, prefix: str = "") -> TokenTable:

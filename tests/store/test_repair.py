@@ -325,7 +325,7 @@ def test_damaged_tokens_of_a_store_are_an_error(config):
     flip(Path(config.out) / "resid_post.1/c/3/0")
     chunk = next((Path(config.out) / "tokens/ids/c").rglob("0/0"))
     flip(chunk)
-    with pytest.raises(IntegrityError, match="tokens/ids is damaged"):
+    with pytest.raises(IntegrityError, match="tokens/ids/c/0/0 is damaged"):
         repair(config.out, RepairConfig(model=config.model, device="cpu"), QUIET)
 
 
