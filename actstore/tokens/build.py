@@ -69,7 +69,14 @@ def tokenize(config: TokenizeConfig, progress: Progress) -> TokenTable:
             layout = Layout(**{field.name: settings[field.name] for field in fields(Layout)})
             _fill(spool, sources.files, tokenizer, layout, config, progress)
             _write(storage, spool, layout, settings, sources, progress)
-    return _existing(storage, config, settings)
+    table = _existing(storage, config, settings)
+    if table.special:
+        progress.say(f"{table.special} BOS, EOS and padding tokens in input_ids are no rows")
+    if table.left_out:
+        progress.say(
+            f"{table.left_out} tokens are left out: their sequence is not full, and the tokenizer has no padding"
+        )
+    return table
 
 
 def _settings(config: TokenizeConfig, files: list[SourceFile], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -167,8 +174,8 @@ def _batches(
             state = replace(state, empty_files=state.empty_files + 1)
             if state.empty_files <= NAMED:
                 say(f"{files[index].name}: no document in it holds text")
+            yield replace(state, file=index + 1, record=0), []
         state = replace(state, file=index + 1, record=0, has_text=False)
-        yield state, []
 
 
 def _usable(document: Document, tokenizer: Tokenizer, config: TokenizeConfig) -> bool:

@@ -76,9 +76,11 @@ class Sources:
         """A line on each kind of file that is not read as asked."""
         lines: list[str] = []
         if self.unread:
-            lines.append(f"{len(self.unread)} files in the sources' directories are not read: {named(self.unread)}")
+            lines.append(
+                f"files in the sources' directories that are not read: {len(self.unread)} ({named(self.unread)})"
+            )
         if self.repeated:
-            lines.append(f"{len(self.repeated)} files are named twice and read once: {named(self.repeated)}")
+            lines.append(f"files that are named again and read once: {len(self.repeated)} ({named(self.repeated)})")
         return lines
 
 

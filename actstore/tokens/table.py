@@ -24,6 +24,7 @@ from actstore.tokens.claims import DAMAGED, decoded_limit, group_claims
 from actstore.tokens.config import MAX_SEQ_LEN, MIN_SEQ_LEN, Packing
 from actstore.tokens.ordered import in_order
 from actstore.tokens.rule import RowRule
+from actstore.tokens.tokenizer import one_line
 
 ATTRIBUTE = "actstore_tokens"
 FORMAT_VERSION = 1
@@ -105,8 +106,8 @@ class TokenTable:
 
     def summary(self) -> dict[str, Any]:
         """What the table holds, what it leaves out and why."""
-        first = ("unread_first",) if self.unread else ()
-        return {n: getattr(self, n) for n in ("sequences", "seq_len", "tokens", *COUNTS, *first, "fingerprint")}
+        figures = {n: getattr(self, n) for n in ("sequences", "seq_len", "tokens", *COUNTS)}
+        return figures | {"unread_first": ", ".join(self.unread_first), "fingerprint": self.fingerprint}
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Token ids of sequences [start, stop): [n, seq_len]."""
@@ -146,7 +147,7 @@ class TokenTable:
                 raise ValueError(f"{claimed} bytes of {', '.join(file.schema_arrow.names)}")
             return file.read()
         except DAMAGED as e:
-            raise IntegrityError(f"{self._where(DOCUMENTS_KEY)} is damaged: {e}; make the table again") from e
+            raise IntegrityError(f"{self._where(DOCUMENTS_KEY)} is damaged: {one_line(e)}; make it again") from e
 
     def objects(self) -> Iterator[tuple[str, TableArray | None]]:
         """Keys of all objects but the group, without prefix, and the array that an object is a chunk of."""
@@ -238,7 +239,7 @@ def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
     }
     for name, good in checks.items():
         if not good:
-            raise TokensError(f"{where}: {name} is {values[name]!r}, which can't be; the table is damaged")
+            raise TokensError(f"{where}: {name} is {values[name]!r:.200}, which can't be; the table is damaged")
     return values | {"skip_ids": tuple(values["skip_ids"]), "unread_first": tuple(map(str, values["unread_first"]))}
 
 
