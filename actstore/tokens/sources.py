@@ -115,9 +115,12 @@ def find_sources(arguments: tuple[str, ...], out: Storage | None = None) -> Sour
             name = path[len(base) :].lstrip("/")
             if (fs, _real(fs, path)) in seen:
                 found.repeated.append(name)
-            else:
-                found.files.append(SourceFile(fs, path, name, int(fs.size(path))))
+                continue
             seen.add((fs, _real(fs, path)))
+            try:
+                found.files.append(SourceFile(fs, path, name, int(fs.size(path))))
+            except FileNotFoundError as e:
+                raise TokensError(f"{source}: {name} is gone, or a link to nothing; delete it") from e
     return found
 
 

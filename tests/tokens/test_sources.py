@@ -159,6 +159,16 @@ def test_a_file_is_read_once_however_it_is_named(make, tmp_path, monkeypatch):
     assert make("with space/a.txt", out=str(tmp_path / "once"))[0].fingerprint == table.fingerprint
 
 
+def test_links_to_nothing_are_named_and_loops_end(make, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "a.txt").write_text("some text")
+    (tmp_path / "s" / "loop").symlink_to(".")
+    assert files_of(make(tmp_path / "s")[0]) == ["a.txt"]
+    (tmp_path / "s" / "b.txt").symlink_to("nowhere")
+    with pytest.raises(TokensError, match=r"s: b\.txt is gone, or a link to nothing; delete it"):
+        make(tmp_path / "s")
+
+
 def test_a_percent_in_a_file_url_is_decoded(make, tmp_path):
     (tmp_path / "50% of é.txt").write_text("some text")
     assert files_of(make((tmp_path / "50% of é.txt").as_uri())[0]) == ["50% of é.txt"]
