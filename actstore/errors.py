@@ -4,6 +4,8 @@ Every message says what was found, what was expected and what to do. Bad argumen
 line exits with 2); everything the world did wrong raises an `ActstoreError` (exit 1).
 """
 
+import warnings
+
 
 class ActstoreError(Exception):
     """Anything actstore refuses or could not do."""
@@ -11,6 +13,11 @@ class ActstoreError(Exception):
 
 class ActstoreWarning(UserWarning):
     """What was done, and yet is worth knowing: clipped values, rows with NaN, an unfinished store."""
+
+
+def warn(message: str) -> None:
+    """Say it in a warning that a program can turn off or into an error; `message` is one line."""
+    warnings.warn(f"actstore: {message}", ActstoreWarning, stacklevel=3)
 
 
 class StoreError(ActstoreError):

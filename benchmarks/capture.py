@@ -205,7 +205,7 @@ def probe(shape: Figures, folder: Path) -> None:
     formula = needs(
         writer.spec,
         load_config(model),
-        dtype_bytes=2,
+        dtype="bfloat16",
         seq_len=SEQ_LEN,
         batch_size=batch_size,
         threads=replica.config.threads,

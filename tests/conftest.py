@@ -18,6 +18,7 @@ from servers import backend_url, every_backend_url, gcs_server, s3_server
 from actstore.capture import execute
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.store.format.record import CommitRecord
+from actstore.store.format.spec import arrays
 from actstore.store.storage import Storage
 from actstore.store.write import protocol
 from actstore.store.write.protocol import Attempt, NotWritten
@@ -93,6 +94,15 @@ def put(storage: Storage, attempt: Attempt | NotWritten, key: str, data: bytes) 
     return protocol.run(storage, protocol.put(attempt, key, data))
 
 
+def without_mark(spec: StoreSpec, key: str, data: bytes) -> bytes:
+    """An object as every attempt writes it: a shard without its mark, the 16 bytes before its index."""
+    name, _, shard = key.partition("/c/")
+    if not shard or name not in arrays(spec):
+        return data
+    at = len(data) - 4 - 16 * arrays(spec)[name].chunks_per_shard
+    return data[: at - 16] + data[at:]
+
+
 def write_rows(writer: StoreWriter, bucket: int, sites: Any, *, sequence: Any, position: Any, token_id: Any) -> Any:
     """Write a bucket of rows in stored order that nobody else writes."""
     made = writer.write_arrays(bucket, {**sites, "sequence": sequence, "position": position, "token_id": token_id})
@@ -149,6 +159,7 @@ __all__ = [
     "random_sites",
     "replace",
     "s3_server",
+    "without_mark",
     "write_known",
     "write_rows",
 ]

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from actstore.capture.forward import activations
 from actstore.capture.memory import BATCHES_IN_FLIGHT
 from actstore.capture.sites import Site
-from actstore.store.format.spec import parse_encoding
+from actstore.store.format.spec import BITS, held_as, parse_encoding
 from actstore.tokens.rows import Rows, Span, rows_in
-from actstore.tokens.rule import RowRule
+from actstore.tokens.rule import RowRule, leading_padding
 
 
 def raw_dtype(encoding: str, model: torch.dtype) -> torch.dtype:
     """What a bucket holds until it is encoded: float32, unless bfloat16 is stored or is what the model computes."""
-    kind, _ = parse_encoding(encoding)
-    return torch.bfloat16 if kind == "bf16" or (kind == "fixed" and model == torch.bfloat16) else torch.float32
+    held = held_as(parse_encoding(encoding)[0], bfloat16=model == torch.bfloat16)
+    return torch.bfloat16 if held == BITS else torch.float32
 
 
 def bucket_rows(
@@ -39,7 +39,6 @@ def bucket_rows(
     place: NDArray[np.int64],  # [rows of the span] stored place of each row
     *,
     rule: RowRule,
-    padding: tuple[int | None, int | None] = (None, None),
     batch_size: int,
     encoding: str,
     advance: Callable[[int], None] = lambda _: None,
@@ -47,11 +46,11 @@ def bucket_rows(
     """A bucket in stored order: per site [rows, d] (bfloat16 bits as uint16, or float32), and its provenance.
 
     Batches start at the bucket's first sequence, so a bucket's values do not depend on who captures it or when.
-    `padding` is the padding id and the id that begins a sequence, for sequences that are padded on the left.
     `advance` is called with the number of rows of each finished batch.
     """
     rows = rows_in(ids, documents, rule, span)
     tokens, kept = _pinned(model, ids.astype(np.int64), _kept(rows, span, ids.shape[1]) % (batch_size * ids.shape[1]))
+    padding = torch.from_numpy(leading_padding(documents))
     arrays: dict[str, NDArray[Any]] = {}
     flight: deque[Future[None]] = deque()
 
@@ -66,7 +65,7 @@ def bucket_rows(
             batch = tokens[start : start + batch_size]
             first = span.first_sequence + start
             i, j = np.searchsorted(rows.sequence, (first, first + len(batch)))
-            found = activations(model, batch, sites, pad_id=padding[0], bos_id=padding[1])
+            found = activations(model, batch, sites, padding[start : start + batch_size])
             chosen: dict[torch.device, Tensor] = {}  # a model over several GPUs has sites on each
             for name in list(found):
                 values = found.pop(name)  # or a batch's activations stay until the next one's are there

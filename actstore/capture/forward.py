@@ -46,18 +46,17 @@ def activations(
     model: nn.Module,
     ids: Int[Tensor, "sequences seq_len"],
     sites: Sequence[Site],
-    pad_id: int | None = None,
-    bos_id: int | None = None,
+    padding: Int[Tensor, " sequences"] | None = None,
 ) -> dict[str, Float[Tensor, "sequences seq_len _"]]:
     """Activations of every site, by name, each [sequences, seq_len, d], on the device where they arose.
 
-    `ids` are on the host: padding is looked for there, so that nothing waits for a device. With `pad_id`, tokens behind
-    a leading run of it get what they have without the run, within rounding; see `left_padding` for `bos_id`. What sites
-    hold at padding is finite and means nothing.
+    `padding` says how many positions at the start of each sequence are padding; it is on the host, so that nothing
+    waits for a device. Tokens behind it get what they have without it, within rounding. What sites hold at padding is
+    finite and means nothing.
     """
     decoder = decoder_of(model)
     device = decoder.get_input_embeddings().weight.device
-    masks = {} if pad_id is None else _masks(left_padding(ids, pad_id, bos_id), ids.shape[1])
+    masks = {} if padding is None else _masks(padding, ids.shape[1])
     with _hooked(model, sites, ids.shape) as found:
         try:
             masks = {name: mask.to(device) for name, mask in masks.items()}
@@ -65,19 +64,6 @@ def activations(
         except _CompleteError:
             return found
     raise AssertionError(f"the forward pass ended without {[s.name for s in sites if s.name not in found]}")
-
-
-def left_padding(
-    ids: Int[Tensor, "sequences seq_len"], pad_id: int, bos_id: int | None = None
-) -> Int[Tensor, " sequences"]:
-    """How many positions at the start of each sequence are padding; 0 where the whole sequence is.
-
-    The last of a run is the sequence's first token, not padding, unless `bos_id`, the id that begins sequences (EOS for
-    vocabularies without BOS), is given and another than `pad_id`.
-    """
-    run = (ids == pad_id).long().cumprod(1).sum(1)
-    run[run == ids.shape[1]] = 0
-    return run if bos_id not in (None, pad_id) else (run - 1).clamp(min=0)
 
 
 def _masks(padding: Int[Tensor, " sequences"], seq_len: int) -> dict[str, Int[Tensor, "sequences seq_len"]]:

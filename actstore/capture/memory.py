@@ -1,7 +1,8 @@
 """What a replica needs in memory, known before it starts: two buckets, the model, and what does not grow.
 
     bucket_rows * (2 * sum(d) * itemsize    one bucket is filled while the other is written
-                   + 52)                    provenance: 12 of a row that is written; of one being filled its id (4), its
+                   + 56)                    provenance: 12 of a row that is written; of one being filled its id (4), its
+                                            document (4), its
                                             place (8), and sequence, position and token in both orders (28)
     (threads + puts) * largest shard        shards that are being encoded or put
     parameters                              up to the deepest layer, and what malloc keeps of a head that is loaded and
@@ -23,16 +24,17 @@ from typing import Any
 
 import psutil
 
+from actstore.capture.config import Precision
 from actstore.capture.sites import skeleton
 from actstore.errors import CaptureError
 from actstore.store import StoreSpec
 from actstore.store.format.encoder import buffer_bytes
-from actstore.store.format.spec import arrays
+from actstore.store.format.spec import arrays, held_as
 from actstore.store.write.bucket import LOCAL_PUTS, REMOTE_PUTS
 
 BATCHES_IN_FLIGHT = 2
 """Batches whose activations wait to be put in place."""
-PROVENANCE_BYTES = 52
+PROVENANCE_BYTES = 56
 PROCESS = 720_000_000
 """Bytes of a worker beside everything else; measured 620 to 760 million."""
 KEPT_BY_MALLOC = 32 << 20
@@ -62,14 +64,15 @@ class Needs:
 
 
 def needs(
-    spec: StoreSpec, model_config: Any, *, dtype_bytes: int, seq_len: int, batch_size: int, threads: int, **where: bool
+    spec: StoreSpec, model_config: Any, *, dtype: Precision, seq_len: int, batch_size: int, threads: int, **where: bool
 ) -> Needs:
     """What a replica of this store needs.
 
     `where` says whether the store is `local`, the model `on_gpu`, and its file a `gguf`. `model_config` is that of the
-    model as it is loaded, `dtype_bytes` the size of one parameter.
+    model as it is loaded, `dtype` what it computes in.
     """
-    width = sum(s.d * _itemsize(s.kind, dtype_bytes) for s in spec.sites.values())
+    dtype_bytes = 4 if dtype == "float32" else 2
+    width = sum(s.d * held_as(s.kind, bfloat16=dtype == "bfloat16").itemsize for s in spec.sites.values())
     puts = LOCAL_PUTS if where["local"] else REMOTE_PUTS
     buffers = (threads + puts) * max(buffer_bytes(a) for a in arrays(spec).values())
     on_cpu = not where["on_gpu"]
@@ -81,10 +84,6 @@ def needs(
         fixed += (kept + _pass_bytes(model_config, batch_size, seq_len, dtype_bytes)) * on_cpu
     row = 2 * width + PROVENANCE_BYTES
     return Needs(row=row, bucket_rows=min(spec.bucket_rows, spec.rows), fixed=fixed, loading=loading)
-
-
-def _itemsize(kind: str, dtype_bytes: int) -> int:
-    return 2 if kind == "bf16" else 4 if kind == "f32" else dtype_bytes
 
 
 def _pass_bytes(model_config: Any, batch_size: int, seq_len: int, dtype_bytes: int) -> int:

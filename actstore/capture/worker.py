@@ -63,12 +63,10 @@ class ReplicaConfig:
 
     def needs(self, spec: StoreSpec, seq_len: int, model_config: Any) -> Needs:
         """What the replica takes in memory."""
-        import torch
-
         return needs(
             spec,
             model_config,
-            dtype_bytes=getattr(torch, self.dtype).itemsize,
+            dtype=self.dtype,
             seq_len=seq_len,
             batch_size=self.batch_size,
             threads=self.threads,
@@ -258,7 +256,6 @@ class Replica:
             span,
             loaded.writer.permutation(work.bucket),
             rule=tokens.rule,
-            padding=(tokens.pad_id, tokens.eos_id if tokens.bos_id is None else tokens.bos_id),
             batch_size=self.config.batch_size,
             encoding=next(iter(loaded.writer.spec.sites.values())).encoding,
             advance=advance,

@@ -8,6 +8,7 @@ Nothing in a file is executed: numpy without pickle, torch files through the wei
 truncated, lies about its size, or holds something else is a `StoreError` naming it, never a shorter store.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -45,6 +46,7 @@ EXPECTED: dict[Format, str] = {
     "saelens": "an Arrow stream as datasets.save_to_disk writes it, with a column of [context, d] lists",
     "activault": "a torch.save file (zip format) of plain tensors: states [n, context, d] and input_ids [n, context]",
 }
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 12
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _INT32 = np.iinfo(np.int32)
@@ -156,7 +158,7 @@ def import_activations(
         bucket_rows=bucket_rows,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows,
-        provenance={"imported": {"format": found, "files": [p.name for p in paths], "tensor": tensor}},
+        provenance={"imported": {"format": found, "files": [_identity(p) for p in paths], "tensor": tensor}},
         threads=threads,
     ) as writer:
         step = progress.step("import", total=rows, unit="rows")
@@ -172,6 +174,16 @@ def import_activations(
             first_sequence += file.sequences
     seconds = time.monotonic() - began
     return ImportSummary(format=found, files=len(files), rows=rows, rows_imported=rows - there, d=d, seconds=seconds)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Name, size and a digest of 64 samples of a file: a file that changed between two runs is noticed."""
+    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
+    with path.open("rb") as f:
+        for i in range(_SAMPLES):
+            f.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            digest.update(f.read(_SAMPLE_BYTES))
+    return {"name": path.name, "bytes": size, "digest": digest.hexdigest()}
 
 
 def _expand(sources: list[Path], wanted: Format) -> tuple[list[Path], Format]:

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from actstore.errors import StreamError, mismatch
+from actstore.errors import StreamError, mismatch, warn
 from actstore.store.format.spec import PROVENANCE_ARRAYS
 from actstore.store.read.store import Store, open_store
 from actstore.stream import explain, plan, ranks
 from actstore.stream.columns import Column, columns_of, parse_device, parse_dtype
 from actstore.stream.device import DeviceMemory, hand_over
-from actstore.stream.filter import RowFilter, Split, count_rows, max_norms
+from actstore.stream.filter import RowFilter, Split, count_rows, max_norms, whole_numbers
 from actstore.stream.filtered import filtered_orders
 from actstore.stream.host import HostMemory, Recycler
 from actstore.stream.isolate import IsolatedPipeline
@@ -131,8 +131,8 @@ class ActivationDataset(IterableDataset[Any]):
         self._single = isinstance(sites, str) and not with_rows
         self._given_rank = (rank, world_size)
         where = RowFilter(
-            drop_positions=tuple(sorted({int(i) for i in drop_positions})),
-            drop_tokens=tuple(sorted({int(i) for i in drop_tokens})),
+            drop_positions=whole_numbers("drop_positions", drop_positions),
+            drop_tokens=whole_numbers("drop_tokens", drop_tokens),
             max_norm=max_norms(max_norm, self.sites),
             held_out=held_out,
             split=split,
@@ -175,6 +175,8 @@ class ActivationDataset(IterableDataset[Any]):
         self._fingerprint_state = self._plan.to_json()
         plan.check_rows(self._plan, self.rows)
         self._fit()
+        for line in self.store.remarks(self.sites):
+            warn(f"{self.store.url}: {line}")
 
     def _place(self) -> tuple[int, int]:
         """Rank and world size: as given, else those of torch.distributed by now."""

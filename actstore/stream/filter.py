@@ -7,7 +7,8 @@ few bytes a row against thousands), or, for `max_norm`, the site itself, which c
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,6 +53,9 @@ class RowFilter:
             raise ValueError(f"split is {self.split!r}, expected 'train' or 'held_out'")
         if self.split == "held_out" and not self.held_out:
             raise ValueError("split='held_out' needs a share: held_out=0.01, the same as in training")
+        for name in ("drop_positions", "drop_tokens"):
+            if min(getattr(self, name), default=0) < 0:
+                raise ValueError(f"{name} holds {min(getattr(self, name))}, expected numbers from 0 on")
         for site, norm in self.max_norm:
             if not norm > 0:
                 raise ValueError(f"max_norm of {site} is {norm}, expected a number above 0")
@@ -119,22 +123,32 @@ def kept(
     first_row: int,
     calibrations: Mapping[str, Calibration],
 ) -> NDArray[np.bool_]:
-    """Which rows [n] of a chunk pass.
+    """Which rows [n] of a chunk pass; see `dropped` for the arguments."""
+    return ~np.logical_or.reduce(list(dropped(where, columns, first_row, calibrations).values()))
+
+
+def dropped(
+    where: RowFilter,
+    columns: Mapping[str, NDArray[Any]],
+    first_row: int,
+    calibrations: Mapping[str, Calibration],
+) -> dict[str, NDArray[np.bool_]]:
+    """Which rows [n] of a chunk each rule leaves out, by the rule's name.
 
     `columns` are the filter's, decoded [n, ...]; the chunk's rows are stored from row number `first_row` on.
     """
-    n = len(next(iter(columns.values())))
-    keep = np.ones(n, np.bool_)
+    found: dict[str, NDArray[np.bool_]] = {}
     if where.drop_positions:
-        keep &= ~np.isin(columns["position"], where.drop_positions)
+        found["drop_positions"] = np.isin(columns["position"], where.drop_positions)
     if where.drop_tokens:
-        keep &= ~np.isin(columns["token_id"], where.drop_tokens)
+        found["drop_tokens"] = np.isin(columns["token_id"], where.drop_tokens)
     if where.held_out:
+        n = len(columns["sequence"])
         out = held_out(columns["sequence"], first_row + np.arange(n), where.held_out)
-        keep &= out if where.split == "held_out" else ~out
+        found["held_out"] = ~out if where.split == "held_out" else out
     for site, most in where.max_norm:
-        keep &= norms(columns[site], calibrations.get(site)) <= most
-    return keep
+        found[f"max_norm of {site}"] = ~(norms(columns[site], calibrations.get(site)) <= most)
+    return found
 
 
 def element_type(store: Store, name: str) -> np.dtype[Any]:
@@ -154,13 +168,16 @@ def chunk_sizes(store: Store) -> NDArray[np.int64]:
 def count_rows(store: Store, where: RowFilter, *, threads: int) -> NDArray[np.int64]:
     """Rows of every chunk that pass [committed buckets, chunks per bucket]; reads the filter's columns once.
 
-    Raises `StreamError` if no row passes.
+    Raises `StreamError` if no row passes, or if `drop_positions` or `drop_tokens` leaves out nothing: the store does
+    not know positions or token ids, or has no row of this kind.
     """
     sizes = chunk_sizes(store)
     counts = np.zeros_like(sizes)
     spec = store.spec
     per_shard = spec.shard_rows // spec.chunk_rows
     calibrations = {s: store.calibration(s) for s, _ in where.max_norm if s in store.index.calibration}
+
+    known, matched = set[str](), set[str]()  # columns with a value, rules that left something out
 
     def count(shard: tuple[int, int]) -> None:
         place, first_chunk = shard
@@ -169,13 +186,23 @@ def count_rows(store: Store, where: RowFilter, *, threads: int) -> NDArray[np.in
         for i, c in enumerate(chunks):
             rows = int(sizes[place, c])
             first = int(store.index.buckets[place]) * spec.bucket_rows + c * spec.chunk_rows
-            found = kept(where, {n: v[i][:rows] for n, v in columns.items()}, first, calibrations)
-            counts[place, c] = np.count_nonzero(found)
+            here = {n: v[i][:rows] for n, v in columns.items()}
+            known.update(n for n in ("position", "token_id") if n in here and (here[n] >= 0).any())
+            out = dropped(where, here, first, calibrations)
+            matched.update(rule for rule, mask in out.items() if mask.any())
+            counts[place, c] = rows - np.count_nonzero(np.logical_or.reduce(list(out.values())))
 
     shards = ((p, c) for p in range(len(sizes)) for c in range(0, sizes.shape[1], per_shard) if sizes[p, c])
     with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(shards, 64 * threads):
             list(pool.map(count, batch))
+    for column, rule, values in (("position", "drop_positions", where.drop_positions),
+                                 ("token_id", "drop_tokens", where.drop_tokens)):  # fmt: skip
+        if values and rule not in matched:
+            why = (
+                f"no row has one of {list(values)}" if column in known else f"the store holds no {column} for its rows"
+            )
+            raise StreamError(f"{store.url}: {rule} leaves out nothing, because {why}; leave the filter out")
     if not counts.any():
         raise StreamError(f"none of the {int(sizes.sum()):,} rows of {store.url} passes the filter {where}; loosen it")
     return counts
@@ -207,6 +234,16 @@ def _shard_chunks(store: Store, name: str, place: int, chunks: list[int]) -> lis
         )
         found.append(codec.merge(decoded, array.codec, element_type(store, name)).reshape(-1, *array.shape[1:]))
     return found
+
+
+def whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """Positions or token ids as an argument, each once, ascending; `ValueError` for text or fractions."""
+    try:
+        if isinstance(values, (str, bytes)):
+            raise TypeError
+        return tuple(sorted({operator.index(v) for v in values}))
+    except TypeError as e:
+        raise ValueError(f"{name} is {values!r}, expected whole numbers such as (0, 1)") from e
 
 
 def max_norms(max_norm: float | Mapping[str, float] | None, sites: tuple[str, ...]) -> tuple[tuple[str, float], ...]:

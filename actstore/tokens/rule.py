@@ -33,3 +33,9 @@ def kept(ids: NDArray[np.int32], documents: NDArray[np.int32], rule: RowRule) ->
         begin = np.argmax(documents != PADDING, axis=1)
         mask &= np.arange(ids.shape[1]) >= begin[:, None] + rule.first_positions
     return mask
+
+
+def leading_padding(documents: NDArray[np.int32]) -> NDArray[np.int64]:
+    """How many positions at the start of each sequence are padding [n]; 0 for a sequence of nothing else."""
+    run = (documents == PADDING).cumprod(axis=1).sum(axis=1)
+    return np.where(run == documents.shape[1], 0, run).astype(np.int64)

@@ -18,7 +18,6 @@ import psutil
 import pytest
 import torch
 import zarr
-from actstore.store.write.attempt import Attempt
 from rich.console import Console
 from tiny import config_of, model_of, save, save_gguf, tokenizer_of
 
@@ -36,6 +35,7 @@ from actstore.progress import Progress
 from actstore.store import StoreWriter, open_store, open_writer
 from actstore.store.format import record
 from actstore.store.storage import PARTIAL
+from actstore.store.write import protocol
 from actstore.tokens import TokenizeConfig, TokenTable, open_tokens, row_starts, rows_of, span_of, tokenize
 from actstore.tokens.tokenizer import load_tokenizer
 
@@ -425,7 +425,7 @@ def test_a_local_bucket_that_fails_is_tried_again(config, monkeypatch, fault):
 def test_a_committed_bucket_costs_no_forward_pass_and_a_taken_one_is_taken_back(config, monkeypatch):
     """Another run commits one bucket, and takes another over and dies: neither is this run's, the store is complete."""
     committed, dead = 2, 4
-    passes, begin, rows = [], Attempt.begin.__func__, bucket.bucket_rows
+    passes, begin, rows = [], protocol.begin, bucket.bucket_rows
     whole = replace(config, out=config.out + "-whole")
     capture(whole, QUIET)
 
@@ -435,21 +435,22 @@ def test_a_committed_bucket_costs_no_forward_pass_and_a_taken_one_is_taken_back(
             part = slice(*other.bucket_range(committed))
             arrays = {name: stored[name][part] for name in [*other.spec.sites, "sequence", "position", "token_id"]}
             bits = {name: x if x.dtype == np.int32 else x.view(np.uint16) for name, x in arrays.items()}
-            assert other.write_arrays(committed, bits)
+            assert isinstance(other.write_arrays(committed, bits), record.CommitRecord)
         passes.append(1)
         return rows(*args, **options)
 
-    def beginning(cls, storage, spec, number, **how):
-        attempt = begin(cls, storage, spec, number, **how)
+    def beginning(number, attempt_id):
+        attempt = yield from begin(number, attempt_id)
         if number == dead and not taken:
             taken.append(number)
-            key = record.commit_key(number)
-            assert storage.replace(key, record.intent_bytes(number, "another"), storage.stat(key).version)
+            key, storage = record.commit_key(number), open_storage(config.out)
+            intent = record.intent_bytes(number, "another-run.....")
+            assert storage.replace(key, intent, storage.stat(key).version)
         return attempt
 
     taken = []
     monkeypatch.setattr(bucket, "bucket_rows", committing)
-    monkeypatch.setattr(Attempt, "begin", classmethod(beginning))
+    monkeypatch.setattr(protocol, "begin", beginning)
     summary = capture(config, QUIET)
     buckets = open_store(config.out).spec.buckets
     assert (summary.buckets_by_others, summary.buckets, summary.taken_over) == (1, buckets - 1, 1)

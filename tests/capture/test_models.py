@@ -229,8 +229,9 @@ def test_sites_come_back_on_the_device_where_they_arise(kind, ids):
     """Device `meta` stands for a second GPU: it has shapes and no values. Its experts multiply bfloat16 only."""
     model = spread(kind, 2)
     sites = tuple(site_widths(model.config))
-    found = activations(model, ids, sites, pad_id=0, bos_id=1)
-    expected = activations(model_of(kind, torch.bfloat16), ids, sites, pad_id=0, bos_id=1)
+    padding = (ids == 0).long().cumprod(1).sum(1)
+    found = activations(model, ids, sites, padding)
+    expected = activations(model_of(kind, torch.bfloat16), ids, sites, padding)
     near = {site.name for site in sites if site.layer < 2}
     assert {name: x.device.type for name, x in found.items()} == {n: "cpu" if n in near else "meta" for n in expected}
     assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in expected.items()}

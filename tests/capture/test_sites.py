@@ -14,7 +14,7 @@ import torch
 from tiny import LAYERS, MULTIMODAL, VARIANTS, VOCAB, config_of, model_of
 from torch.nn.functional import embedding
 
-from actstore.capture.forward import activations, decoder_of, left_padding
+from actstore.capture.forward import activations, decoder_of
 from actstore.capture.model import without_head
 from actstore.capture.precision import attention_of
 from actstore.capture.sites import (
@@ -406,7 +406,7 @@ def test_shapes_are_checked(ids):
     with pytest.raises(TypeCheckError):
         activations(model_of("llama"), ids[0], all_of("llama"))
     with pytest.raises(TypeCheckError):
-        left_padding(ids.float(), 0)
+        activations(model_of("llama"), ids, all_of("llama"), ids)
 
 
 @each
@@ -425,7 +425,9 @@ def test_flex_attention_caps_logits_as_eager_attention_does(ids):
     padded = ids.clone()
     padded[1, :10] = 0
     expected, found = (
-        activations(model_of("gemma2", attention=a), padded, all_of("gemma2"), pad_id=0, bos_id=1)
+        activations(
+            model_of("gemma2", attention=a), padded, all_of("gemma2"), torch.tensor([0, 10, *[0] * (len(ids) - 2)])
+        )
         for a in ("eager", "flex_attention")
     )
     rows = padded != 0
@@ -438,7 +440,8 @@ def test_padding_behind_a_sequence_changes_nothing_before_it(kind, attention, id
     model = model_of(kind, attention=attention)
     padded = ids.clone()
     padded[:, 10:] = 0
-    found, cut = activations(model, ids, all_of(kind)), activations(model, padded, all_of(kind), pad_id=0, bos_id=1)
+    none = torch.zeros(len(ids), dtype=torch.int64)
+    found, cut = activations(model, ids, all_of(kind)), activations(model, padded, all_of(kind), none)
     tolerance = 1e-4 if kind in EXPERTS else 0  # experts multiply rows of the whole batch as one matrix
     for name in names_of(kind):
         torch.testing.assert_close(found[name][:, :10], cut[name][:, :10], rtol=tolerance, atol=tolerance)
@@ -453,7 +456,7 @@ def test_tokens_behind_padding_have_the_values_they_have_without(kind, attention
     padded = torch.full((4, 24), pad)
     for row, n in enumerate(lengths[:3]):
         padded[row, 24 - n :] = torch.cat([torch.tensor([1]), ids[0, 1:n]])
-    found = activations(model, padded, all_of(kind), pad_id=pad, bos_id=1)
+    found = activations(model, padded, all_of(kind), torch.tensor([0, 9, 20, 0]))
     for row, n in enumerate(lengths[:3]):
         alone = activations(model, padded[row : row + 1, 24 - n :], all_of(kind))
         for name in names_of(kind):
@@ -467,7 +470,9 @@ def test_positions_count_from_the_first_token(kind, ids):
     model = model_of(kind, torch.bfloat16, attention="eager")
     padded = ids.clone()
     padded[1, :13] = 0
-    found, alone = activations(model, padded, all_of(kind), 0, 1), activations(model, padded[1:2, 13:], all_of(kind))
+    padding = torch.tensor([0, 13, *[0] * (len(ids) - 2)])
+    found = activations(model, padded, all_of(kind), padding)
+    alone = activations(model, padded[1:2, 13:], all_of(kind))
     for name in names_of(kind):
         expected = alone[name][0].float()
         assert (found[name][1, 13:].float() - expected).norm() < 4e-3 * expected.norm()
@@ -478,26 +483,9 @@ def test_without_padding_in_front_no_mask_is_passed(kind, attention, ids):
     model = model_of(kind, attention=attention)
     odd = ids.clone()
     odd[1, 5:9], odd[2] = 0, 0
-    plain, checked = activations(model, odd, all_of(kind)), activations(model, odd, all_of(kind), pad_id=0)
+    none = torch.zeros(len(odd), dtype=torch.int64)
+    plain, checked = activations(model, odd, all_of(kind)), activations(model, odd, all_of(kind), none)
     assert all(torch.equal(plain[name], checked[name]) for name in names_of(kind))
-
-
-@pytest.mark.parametrize(
-    ("row", "bos", "padding"),
-    [
-        ([0, 0, 0, 5], 1, 3),
-        ([0, 0, 1, 5], 1, 2),
-        ([0, 5, 0, 0], 1, 1),
-        ([5, 0, 0, 5], 1, 0),
-        ([0, 0, 0, 0], 1, 0),
-        ([0, 0, 0, 5], 0, 2),
-        ([0, 5, 0, 5], 0, 0),
-        ([0, 0, 0, 0], 0, 0),
-        ([0, 0, 0, 5], None, 2),
-    ],
-)
-def test_where_a_sequence_begins(row, bos, padding):
-    assert left_padding(torch.tensor([row, [7, 7, 7, 7]]), 0, bos).tolist() == [padding, 0]
 
 
 @pytest.mark.parametrize(

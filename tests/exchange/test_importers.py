@@ -20,8 +20,6 @@ from actstore.errors import MismatchError, StoreError
 from actstore.exchange.importer import ImportSummary, import_activations
 from actstore.store import open_store
 
-pytestmark = pytest.mark.filterwarnings("ignore::actstore.errors.ActstoreWarning")  # random bits hold NaN
-
 SETTINGS: dict[str, Any] = {"site": "resid_post.3", "bucket_rows": 64, "shard_rows": 32, "chunk_rows": 16, "threads": 1}
 numbers = itertools.count()
 HOOK = "blocks.3.hook_resid_post"

@@ -24,8 +24,6 @@ from actstore.store import open_storage, open_store
 from actstore.store.maintain.verify import verify
 from actstore.store.write.bucket import StoreWriter
 
-pytestmark = pytest.mark.filterwarnings("ignore::actstore.errors.ActstoreWarning")  # random bits hold NaN
-
 SITES = {"resid_post.3": 5, "mlp_out.3": 3}
 SETTINGS: dict[str, Any] = {"sites": SITES, "bucket_rows": 64, "shard_rows": 32, "chunk_rows": 16, "threads": 1}
 numbers = itertools.count()

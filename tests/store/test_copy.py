@@ -24,8 +24,6 @@ from actstore.store.read.values import BucketRows, Values
 from actstore.store.storage import LocalStorage
 from actstore.store.storage.local import LOCK
 
-pytestmark = pytest.mark.filterwarnings("ignore::actstore.errors.ActstoreWarning")  # random bits hold NaN
-
 NORMAL = replace(SPEC, sites={"a.0": SiteSpec(d=5), "b": SiteSpec(d=9)})
 
 

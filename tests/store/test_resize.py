@@ -22,9 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the 
 ABOUT = {"tokens": {"fingerprint": "b"}}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::actstore.errors.ActstoreWarning")  # random bits hold NaN
-
-
 def objects(storage, keys=None):
     return {k: storage.get(k) for k in (keys or storage.list(""))}
 

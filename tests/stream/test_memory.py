@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny import config_of, save
 
 from actstore.capture import memory
+from actstore.capture.bucket import raw_dtype
 from actstore.capture.memory import Needs, check_memory, free_memory, needs
 from actstore.capture.model import load_config, model_identity
 from actstore.capture.sites import check_sites, expand_sites
@@ -24,7 +25,7 @@ from actstore.store import SiteSpec, StoreSpec, create_store
 from actstore.tokens import TokenizeConfig, copy_tokens, open_tokens, tokenize
 
 SPEC = StoreSpec(sites={"resid_post.1": SiteSpec(d=48)}, rows=1 << 22)
-SHAPE = {"dtype_bytes": 2, "seq_len": 128, "batch_size": 8, "threads": 2, "local": True, "on_gpu": False}
+SHAPE = {"dtype": "bfloat16", "seq_len": 128, "batch_size": 8, "threads": 2, "local": True, "on_gpu": False}
 
 
 @pytest.fixture
@@ -68,14 +69,19 @@ def test_limits_that_limit_nothing_and_one_that_is_passed(no_container, allowed,
 def test_two_buckets_and_their_provenance_grow_with_bucket_rows():
     spec = replace(SPEC, sites={"resid_post.1": SiteSpec(d=2304)})  # so that provenance is not the largest shard
     small, large = (needs(replace(spec, bucket_rows=n), config_of("llama"), **SHAPE) for n in (1 << 18, 1 << 20))
-    assert large.total - small.total == ((1 << 20) - (1 << 18)) * (2 * 2304 * 2 + 52)
+    assert large.total - small.total == ((1 << 20) - (1 << 18)) * (2 * 2304 * 2 + 56)
     assert needs(replace(SPEC, rows=1 << 15), config_of("llama"), **SHAPE).bucket_rows == 1 << 15
 
 
-@pytest.mark.parametrize(("encoding", "dtype_bytes", "size"), [("f32", 2, 4), ("fixed:1e-3", 4, 4), ("bf16", 4, 2)])
-def test_a_row_has_the_size_it_has_before_it_is_encoded(encoding, dtype_bytes, size):
+ROWS_HELD = [("f32", "bfloat16", 4), ("fixed:1e-3", "float32", 4), ("bf16", "float32", 2),
+             ("fixed:1e-3", "bfloat16", 2), ("fixed:1e-3", "float16", 4), ("f32", "float16", 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("encoding", "dtype", "size"), ROWS_HELD)
+def test_a_row_has_the_size_it_has_before_it_is_encoded(encoding, dtype, size):
     spec = replace(SPEC, sites={"resid_post.1": SiteSpec(d=48, encoding=encoding)})
-    assert needs(spec, config_of("llama"), **{**SHAPE, "dtype_bytes": dtype_bytes}).row == 2 * 48 * size + 52
+    assert needs(spec, config_of("llama"), **{**SHAPE, "dtype": dtype}).row == 2 * 48 * size + 56
+    assert raw_dtype(encoding, getattr(torch, dtype)).itemsize == size
 
 
 def test_eager_attention_grows_with_the_square_of_the_sequence():
@@ -114,7 +120,7 @@ def test_a_gguf_file_s_weights_exist_twice_while_they_are_loaded():
 
 def test_what_does_not_fit_is_refused_with_what_does(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 6_000_000_000)
-    needed = Needs(row=2 * 2304 * 2 + 52, bucket_rows=1 << 20, fixed=100_000_000)
+    needed = Needs(row=2 * 2304 * 2 + 56, bucket_rows=1 << 20, fixed=100_000_000)
     message = (
         "capture needs 9.82 GB per worker for 1 worker, 6 GB are free: lower --bucket-rows to 622592 or less, "
         "or use a larger machine"

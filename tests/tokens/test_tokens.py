@@ -24,6 +24,7 @@ from actstore.progress import Progress
 from actstore.store.storage import open_storage
 from actstore.tokens import RowRule, TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
 from actstore.tokens.pack import Layout, framed, pack
+from actstore.tokens.rule import leading_padding
 from actstore.tokens.tokenizer import load_tokenizer
 
 TEXTS = [f"Document {i}: the quick brown fox, {'jumps over ' * (i % 13)}the lazy dog.\n\nEnd é{i}." for i in range(60)]
@@ -445,3 +446,8 @@ def test_settings_are_checked():
         TokenizeConfig(sources=(), tokenizer="t", out="o")
     with pytest.raises(ValueError, match="seq_len is 1"):
         TokenizeConfig(sources=("a",), tokenizer="t", out="o", seq_len=1)
+
+
+def test_where_a_sequence_begins() -> None:
+    documents = [[-2, -2, -1, 0], [-1, 0, -2, -2], [-2, -2, -2, -2], [0, -2, 0, 0], [-2, 5, 5, -2]]
+    assert leading_padding(np.array(documents, np.int32)).tolist() == [2, 0, 0, 0, 1]

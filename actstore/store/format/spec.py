@@ -36,6 +36,15 @@ BITS, FLOATS = np.dtype("<u2"), np.dtype("<f4")
 RAW_DTYPES: dict[Kind, tuple[np.dtype[Any], ...]] = {"bf16": (BITS,), "f32": (FLOATS,), "fixed": (BITS, FLOATS)}
 """What the writer takes for each encoding: bf16 travels as its bits, `fixed` is made from either."""
 
+
+def held_as(kind: Kind, *, bfloat16: bool) -> np.dtype[Any]:
+    """What rows of an encoding are held as until they are encoded: bfloat16 bits if that loses nothing, else float32.
+
+    `bfloat16` says whether the values come as bfloat16; others, float16 too, are widened unless bf16 is stored.
+    """
+    return BITS if kind == "bf16" or (kind == "fixed" and bfloat16) else FLOATS
+
+
 _SITE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[0-9]+)?")
 _RESERVED = (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest", "calibration", "zarr", EVENTS)
 MAX_D = 1 << 20

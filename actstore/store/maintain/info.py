@@ -38,11 +38,7 @@ def describe(store: Store) -> dict[str, Any]:
         "versions": {k: list(v) for k, v in store.index.versions.items()},
     }
     sites = {name: _site(store, name) for name in sorted(spec.sites)}
-    remarks = [line for site, s in store.index.stats.items() for line in s.remarks(site)]
-    if not store.complete:
-        whole = "an open-ended number of" if open_ended else f"{spec.planned_rows}"
-        remarks.append(f"the store is unfinished: {store.rows} of {whole} rows are committed")
-    figures["remarks"] = remarks
+    figures["remarks"] = store.remarks()
     return figures | _in_work(store) | _extension(store) | {"sites": sites, "provenance": spec.provenance}
 
 

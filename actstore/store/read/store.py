@@ -8,6 +8,7 @@ chunk of a bucket that is not committed raises `StoreError`.
 
 import asyncio
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from actstore.store.format.sealed import dump
 from actstore.store.format.spec import (
     BITS,
     GROUP_KEY,
+    OPEN_ENDED,
     PROVENANCE_ARRAYS,
     SiteSpec,
     StoreSpec,
@@ -90,6 +92,15 @@ class Store:
                 f"{self.url} has no committed bucket yet, so it has no statistics; let a capture finish one"
             )
         return summarise(self.index.stats[site])
+
+    def remarks(self, sites: Iterable[str] | None = None) -> list[str]:
+        """What a user of these sites (default: all) should know, a line each; empty if all is as expected."""
+        names = self.sites if sites is None else sites
+        found = [line for site in names if site in self.index.stats for line in self.index.stats[site].remarks(site)]
+        if not self.complete:
+            planned = "an open-ended number of" if self.spec.rows == OPEN_ENDED else str(self.spec.planned_rows)
+            found.append(f"the store is unfinished: {self.rows} of {planned} rows are committed")
+        return found
 
     def calibration(self, site: str) -> fixed.Calibration:
         """Steps and offsets of a `fixed` site; `IntegrityError` unless they are what the buckets were written with."""

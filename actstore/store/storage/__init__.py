@@ -9,7 +9,7 @@ import os
 import secrets
 from pathlib import Path
 from typing import Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 
@@ -44,13 +44,23 @@ def open_storage(url: str | os.PathLike[str], *, engine: Engine | None = None) -
     `engine` None means `ACTSTORE_ENGINE`, else auto: obstore for s3:// where it is usable, fsspec for all else.
     """
     text = os.fspath(url)
-    scheme = urlsplit(text).scheme
-    if scheme in ("", "file") or len(scheme) == 1:
-        return LocalStorage(Path(text.removeprefix("file://")).expanduser())
+    if not text.strip():
+        raise ValueError("an empty path or URL; give a directory, gs://bucket/prefix or s3://bucket/prefix")
+    parts = urlsplit(text)
+    scheme = parts.scheme
+    if scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"file URL names the host {parts.netloc!r}; expected file:///path with three slashes")
+        return LocalStorage(Path(unquote(parts.path)))
+    if not scheme or len(scheme) == 1 or "://" not in text:
+        return LocalStorage(Path(text).expanduser())
+    if parts.username or parts.password or parts.query:
+        raise ValueError(f"{scheme}:// URL with user, password or query; credentials come from the environment "
+                         "(docs/object-storage.md)")  # fmt: skip
     if scheme in _CLOUDS:
         return _open_cloud(text, _CLOUDS[scheme], engine or os.environ.get(ENGINE) or "auto")
     if scheme not in fsspec.available_protocols():
-        raise ValueError(f"unknown URL scheme {scheme!r} in {text!r}; use a path, file://, gs://, s3:// or memory://")
+        raise ValueError(f"unknown URL scheme {scheme!r}; use a path, file://, gs://, s3:// or memory://")
     from actstore.store.storage.fsspec_drivers import FsspecDriver
 
     text = text.rstrip("/")
@@ -68,7 +78,7 @@ def _open_cloud(url: str, scheme: Literal["s3", "gs"], engine: str) -> RemoteSto
         raise ValueError(f"storage engine {engine!r} ({ENGINE}), expected one of {', '.join(get_args(Engine))}")
     bucket, _, root = url.partition("://")[2].rstrip("/").partition("/")
     if not bucket or set(url) & set("?#") or "@" in bucket:
-        raise ValueError(f"expected {scheme}://bucket/prefix, without user, password or query; credentials come from "
+        raise ValueError(f"expected {scheme}://bucket/prefix without user, password or query; credentials come from "
                          "the environment (docs/object-storage.md)")  # fmt: skip
     if root:
         check_key(root)

@@ -1,15 +1,21 @@
 """A directory as object storage.
 
 A write goes to a partial file beside its target, is synced, and gets its name by `rename` (put, replace) or `link`
-(create); the directory is synced too, so what was acknowledged survives a power cut. `replace` compares and renames
-under an advisory lock on `.lock` in the root, which `put` and `delete` take for their one system call as well; the
-kernel releases it when its holder dies. Every write sets the modification time itself, because the kernel's clock
-ticks only every few milliseconds and the version token rests on it. File systems must support hard links and `flock`.
+(create). The directory is synced too, and so is the parent of every directory that a write makes, up to the first one
+that was there, so what was acknowledged survives a power cut. `replace` compares and renames under an advisory lock on
+`.lock` in the root, which `put` and `delete` take for their one system call as well; the kernel releases it when its
+holder dies. On a file system without hard links (exFAT, SMB, many FUSE ones) `create` compares and renames under that
+lock too, which is as safe, because then every writer does so. A file system without locks is refused.
+
+A version is inode, time and size of an open file. Opening is what makes a network file system ask its server, where
+`stat` may answer from a cache (NFS: close-to-open consistency), so a swap under the lock sees the last write of every
+machine. Every write sets the modification time itself, because the kernel's clock ticks only every few milliseconds.
 
 Symbolic links below the root are followed as long as they stay below it.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -26,6 +32,7 @@ PARTIAL = ".partial"
 """Suffix of a file that is still being written."""
 LOCK = ".lock"
 """Name, in the root, of the file whose lock `replace` holds."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _PIECES = 512  # below every system's IOV_MAX
 
 
@@ -35,9 +42,9 @@ class LocalStorage:
     retries: int = 0
 
     def __init__(self, root: Path) -> None:
-        """Use `root`, which need not exist yet."""
-        self.root = root
-        self.url = str(root)
+        """Use `root`, which need not exist yet; a later change of the working directory does not move it."""
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100  resolve() would follow links
+        self.url = str(self.root)
 
     def path(self, key: str) -> Path:
         """The file that holds `key`; `StoreError` if a symbolic link leads it out of the root."""
@@ -107,7 +114,7 @@ class LocalStorage:
     def _partial(self, key: str, data: Buffers) -> Generator[tuple[Path, Path]]:
         """A synced partial file and its target; what is left of the partial file is deleted."""
         target = self.path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(target.parent)
         partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}{PARTIAL}")
         try:
             with partial.open("wb", buffering=0) as f:
@@ -121,9 +128,15 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _lock(self) -> Generator[None]:
-        fd = os.open(self.root / LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # NFS locks files open for writing
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError as e:
+                raise StoreError(
+                    f"{self.url}: the file system has no file locks ({e.strerror}), so several writers could overwrite "
+                    "each other; use another directory, or an object store"
+                ) from e
             yield
         finally:
             os.close(fd)
@@ -139,10 +152,22 @@ class LocalStorage:
         """See `Storage`."""
         if not self.exists(key):
             with self._partial(key, data) as (partial, target), contextlib.suppress(FileExistsError):
-                os.link(partial, target)
+                try:
+                    os.link(partial, target)
+                except OSError as e:
+                    if e.errno not in _NO_LINKS:
+                        raise
+                    self._name_if_free(key, partial, target)
                 _sync_directory(target.parent)
                 return True
         return holds(self, key, data)
+
+    def _name_if_free(self, key: str, partial: Path, target: Path) -> None:
+        """What `link` does, where there are no hard links."""
+        with self._lock():
+            if self.stat(key) is not None:
+                raise FileExistsError
+            partial.replace(target)
 
     def replace(self, key: str, data: Buffers, version: str) -> bool:
         """See `Storage`."""
@@ -175,11 +200,14 @@ class LocalStorage:
 
     def stat(self, key: str) -> Stat | None:
         """See `Storage`."""
-        path = self.path(key)
         try:
-            found = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
+        try:
+            found = os.fstat(fd)
+        finally:
+            os.close(fd)
         if not stat.S_ISREG(found.st_mode):
             return None
         version = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
@@ -235,6 +263,14 @@ def _write(fd: int, data: Buffers) -> None:
                 written -= len(views.pop(0))
             if views:
                 views[0] = views[0][written:]
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and those above it; each that is new survives a power cut."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync_directory(made.parent)
 
 
 def _sync_directory(path: Path) -> None:

@@ -10,10 +10,12 @@ Promises: whole buckets or nothing, whatever stops the process; an error of the 
 two buckets, `2 * bucket_rows * sum(d) * itemsize` bytes (2 for bf16, 4 for f32), and the bucket in work at a crash.
 """
 
+import contextlib
 import json
 import os
 import sys
-import warnings
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import ActstoreWarning, StoreError
+from actstore.errors import StoreError, warn
 from actstore.store.format import codec as codecs
 from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
 from actstore.store.format.spec import (
@@ -34,6 +36,7 @@ from actstore.store.format.spec import (
     PROVENANCE_ARRAYS,
     SiteSpec,
     StoreSpec,
+    held_as,
 )
 from actstore.store.read.index import read_spec
 from actstore.store.storage import open_storage
@@ -129,7 +132,7 @@ class _Bucket:
 
 
 class ActivationWriter:
-    """Takes rows for one store (or one part of it); made by `create`. Not for use from several threads at a time."""
+    """Takes rows for one store (or one part of it), from one thread of one process; made by `create`."""
 
     def __init__(self, writer: StoreWriter, part: tuple[int, int]) -> None:
         """Continue `writer` where its committed buckets end."""
@@ -150,6 +153,9 @@ class ActivationWriter:
         self._flight: tuple[_Bucket, Future[Any]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="actstore-append")
         self._closed = self._failed = self._warned = False
+        self._pid, self._thread = os.getpid(), 0
+        """The process and, from the first `append` on, the thread that the rows come from."""
+        _settle_at_exit(self)
 
     @property
     def first_row(self) -> int:
@@ -181,6 +187,7 @@ class ActivationWriter:
         range they become infinite, NaN stays NaN. Provenance is whole numbers that fit int32, [n] or with the leading
         dimensions of the rows. Rows of buckets that are committed already are counted and otherwise ignored.
         """
+        self._check_caller()
         if self._closed or self._failed:
             why = "is closed" if self._closed else "failed before"
             raise ValueError(f"this writer {why}; continue with another actstore.create of the same settings")
@@ -204,6 +211,16 @@ class ActivationWriter:
             self._failed = True
             raise
 
+    def _check_caller(self) -> None:
+        """Refuse what would mix up rows: the order of rows is the order of calls, in one thread of one process."""
+        self._thread = self._thread or threading.get_ident()
+        if (os.getpid(), threading.get_ident()) != (self._pid, self._thread):
+            where = "process" if os.getpid() != self._pid else "thread"
+            raise ValueError(
+                f"append was called from another {where} than before, so rows would be mixed up; give each its own "
+                "part: actstore.create(..., rows=N, part=(i, n))"
+            )
+
     def close(self) -> None:
         """Commit what is left and, if the whole store is there, write its manifest; harmless to repeat.
 
@@ -211,6 +228,8 @@ class ActivationWriter:
         """
         if self._closed:
             return
+        if os.getpid() != self._pid:
+            raise ValueError("this writer belongs to the process that made it; close it there")
         self._closed = True
         try:
             self._settle()
@@ -224,6 +243,22 @@ class ActivationWriter:
         finally:
             self._filling = self._spare = None
             self._pool.shutdown()
+
+    def abandon(self) -> None:
+        """Commit the full bucket that is being written, if any, and say that the writer was never closed."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        lost = self._next - self._filling.number * self._spec.bucket_rows if self._filling else 0
+        with contextlib.suppress(StoreError):  # what can't be written is not in the store, as is said below
+            self._settle()
+        self._filling = self._spare = None
+        self._pool.shutdown()
+        print(
+            f"actstore: the writer of {self._writer.url} was never closed: the store is unfinished, "
+            f"{self._next - lost} rows are in full buckets, {lost} are lost; close it, or use it as a context manager",
+            file=sys.stderr,
+        )
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -263,13 +298,16 @@ class ActivationWriter:
         counts = {name: len(x) for name, x in rows.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"rows by site are {counts}, expected equally many: row i of all sites is one token")
+        if len(set(leading.values())) > 1:
+            raise ValueError(
+                f"leading dimensions by site are {leading}, expected the same: row i of all sites is one token"
+            )
         n = next(iter(counts.values()))
         return rows, n, {(n,), *leading.values()}
 
     def _dtype(self, name: str, x: Any) -> np.dtype[Any]:
         """What rows of a site are kept as in memory; for `fixed`, what came first decides."""
-        kind = self._spec.sites[name].kind
-        dtype = (BITS if _name(x) == "bfloat16" else FLOATS) if kind == "fixed" else {"bf16": BITS, "f32": FLOATS}[kind]
+        dtype = held_as(self._spec.sites[name].kind, bfloat16=_name(x) == "bfloat16")
         if self._dtypes.get(name, dtype) != dtype:
             raise ValueError(
                 f"site {name} got {_name(x)} rows after {'bfloat16' if dtype == FLOATS else 'other'} ones, "
@@ -326,7 +364,7 @@ class ActivationWriter:
             )
         if not self._warned and (lines := remarks(made)):
             self._warned = True
-            warnings.warn(f"{self._writer.url}: {'; '.join(lines)}; actstore info has the sums", ActstoreWarning, 3)
+            warn(f"{self._writer.url}: {'; '.join(lines)}; actstore info has the sums")
         self._committed.add(bucket.number)
         self._spare = bucket.arrays
 
@@ -364,6 +402,21 @@ class ActivationWriter:
 
     def _how_to_go_on(self) -> str:
         return "committed buckets stay, and the same command continues from the next_row of a new writer"
+
+
+def _settle_at_exit(writer: ActivationWriter) -> None:
+    """At the end of a process that forgot to close a writer: finish its full bucket, and say what is missing.
+
+    `threading` calls this before it ends the pools of `concurrent.futures`, which `atexit` would be too late for. The
+    function is private; Python 3.9 to 3.14 have it, and `concurrent.futures` uses it for the same purpose.
+    """
+    reference = weakref.ref(writer)
+    threading._register_atexit(lambda: _left_open(reference()))  # type: ignore[attr-defined] # noqa: SLF001
+
+
+def _left_open(writer: ActivationWriter | None) -> None:
+    if writer is not None:
+        writer.abandon()
 
 
 def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
