@@ -45,7 +45,8 @@ def requests_of_a_bucket() -> Counter[str]:
         writer, storage = create_store(root, spec), Counting(LocalStorage(Path(root)))
         writer.storage = storage  # pyright: ignore[reportAttributeAccessIssue]
         zeros = np.zeros(16, np.int32)
-        writer.write_bucket(0, {"a": np.zeros((16, 1), np.uint16)}, sequence=zeros, position=zeros, token_id=zeros)
+        rows = {"a": np.zeros((16, 1), np.uint16), "sequence": zeros, "position": zeros, "token_id": zeros}
+        writer.write_arrays(0, rows)
         return storage.requests
 
 
@@ -53,15 +54,10 @@ def metadata_bytes(spec: StoreSpec) -> tuple[float, float]:
     """Bytes of a commit record, and of the manifest for each bucket."""
     rng = np.random.default_rng(0)
 
-    def shards(array: Any) -> tuple[record.ShardRecord, ...]:
-        typical = int(array.chunk_bytes / RATIO)
-        return tuple(
-            record.ShardRecord(
-                chunks=tuple(rng.normal(typical, typical * 0.002, array.chunks_per_shard).astype(int).tolist()),
-                crc32c=tuple(rng.integers(0, 1 << 32, array.chunks_per_shard).tolist()),
-            )
-            for _ in range(spec.bucket_rows // array.shard_rows)
-        )
+    def chunks(array: Any) -> record.Chunks:
+        typical, count = int(array.chunk_bytes / RATIO), spec.bucket_rows // array.chunk_rows
+        stored = rng.normal(typical, typical * 0.002, count).astype(np.uint32)
+        return record.Chunks(stored=stored, crc32c=rng.integers(0, 1 << 32, count, dtype=np.uint32))
 
     def made(bucket: int) -> record.CommitRecord:
         sums = {
@@ -72,17 +68,18 @@ def metadata_bytes(spec: StoreSpec) -> tuple[float, float]:
             bucket=bucket,
             attempt=rng.bytes(8).hex(),
             rows=spec.bucket_rows,
-            shards={name: shards(a) for name, a in arrays(spec).items()},
+            arrays={name: chunks(a) for name, a in arrays(spec).items()},
             calibration={},
             stats=sums,
         )
 
-    records = [made(b) for b in range(16)]
-    few, many = (
-        len(manifest.to_parquet(manifest.index_of(replace(spec, rows=n * spec.bucket_rows), records[:n])))
-        for n in (8, 16)
-    )
-    return len(record.to_bytes(records[0])), (many - few) / 8
+    size = manifest.part_buckets(spec)
+    small = replace(spec, rows=size * spec.bucket_rows)
+    builder = manifest.PartBuilder(small, 0, np.arange(size))
+    for b in range(size):
+        builder.add(made(b))
+    tables = sum(len(data) for _, data in builder.files())
+    return len(record.to_bytes(made(0))), (tables + len(manifest.part_bytes(builder.part({})))) / size
 
 
 def line(name: str, sites: dict[str, SiteSpec], rows: int, stores: int = 1) -> dict[str, Any]:

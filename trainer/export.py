@@ -203,7 +203,14 @@ def released(directory: Path) -> list[Released]:
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the SAE in `config.sae` to `config.out`; returns what was written."""
+    """Write the SAE in `config.sae` to `config.out`; returns what was written.
+
+    `ValueError` if that is the SAE's own directory, whose `config.json` a format would replace.
+    """
+    if config.out.resolve() == config.sae.resolve():
+        raise ValueError(
+            f"--out {config.out} is the SAE's own directory, which the export would overwrite; name another"
+        )
     if config.format == "gemma_scope":
         return write_release(released(config.sae), config.out, license_id=config.license)
     saved = load_sae(config.sae)

@@ -265,13 +265,13 @@ def test_two_buckets_at_most_are_in_memory(url: str, monkeypatch: pytest.MonkeyP
 def test_tensors_and_arrays_of_every_precision(url: str, encoding: str, dtype: str) -> None:
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.normal(size=(4, 50, 5))).to(getattr(torch, dtype)).requires_grad_()
-    y = torch.from_numpy(rng.normal(size=(200, 3))).to(getattr(torch, dtype))
+    y = torch.from_numpy(rng.normal(size=(4, 50, 3))).to(getattr(torch, dtype))
     ids = torch.arange(200).reshape(4, 50)
     with actstore.create(url, rows=200, encoding=encoding, **SETTINGS) as w:
         w.append({"resid_post.3": x, "mlp_out.3": y}, token_id=ids, sequence=ids, position=list(range(200)))
-    arrays = {"resid_post.3": x.detach().float().numpy().reshape(-1, 5), "mlp_out.3": y.float().numpy()}
+    arrays = {"resid_post.3": x.detach().float().numpy().reshape(-1, 5), "mlp_out.3": y.float().numpy().reshape(-1, 3)}
     if dtype != "bfloat16":
-        arrays = {"resid_post.3": x.detach().numpy().reshape(-1, 5), "mlp_out.3": y.numpy()}
+        arrays = {"resid_post.3": x.detach().numpy().reshape(-1, 5), "mlp_out.3": y.numpy().reshape(-1, 3)}
     native = {n: a.astype(ml_dtypes.bfloat16) if dtype == "bfloat16" else a for n, a in arrays.items()}
     with actstore.create(f"{url}-arrays", rows=200, encoding=encoding, **SETTINGS) as w:
         w.append(native, token_id=np.arange(200), sequence=np.arange(200), position=np.arange(200))

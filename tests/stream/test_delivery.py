@@ -94,7 +94,7 @@ def test_types_and_normalisation_against_float64(
                 assert got[r].dtype == dtype
                 assert torch.equal(got[r], (x * factor).float().to(dtype)), (dtype, normalize, r)
             if normalize is not None:
-                mean_sq = torch.stack(list(got.values())).double().square().sum(1).mean()
+                mean_sq = torch.stack([got[r] for r in plain]).double().square().sum(1).mean()
                 assert abs(float(mean_sq) - 1) < 0.01
 
 
@@ -204,7 +204,7 @@ def test_leaving_in_mid_epoch_neither_hangs_nor_leaves_anything(known: Known, is
     done = run(LEAVE, known.url, isolate, how)
     assert done.stdout == "left\n"
     assert done.returncode == (0 if how == "exit" else -signal.SIGKILL)
-    assert not done.stderr
+    assert all("ActstoreWarning" in line or line.startswith("  ") for line in done.stderr.splitlines())
     end = time.monotonic() + 60
     while mine := [p for p in psutil.process_iter(["cmdline"]) if "actstore.stream.isolate" in str(p.info["cmdline"])]:
         if not any(p.is_running() and p.ppid() == 1 for p in mine):
