@@ -136,11 +136,8 @@ def main() -> None:
     sizes = [int(a) for a in sys.argv[1:]] or [305, 610, 1221]
     with quiet.cores(), ThreadPoolExecutor(1) as pool:
         rows = list(pool.map(measure, sizes))
-    for name in rows[0]:
-        slope = np.polyfit([r["buckets"] for r in rows], [r[name] for r in rows], 1)
-        rows[0].setdefault("law", {})[name] = [float(slope[0]), float(slope[1])] if name != "buckets" else None
-    law = rows[0].pop("law")
-    full = {n: (k[0] * FULL + k[1] if k else FULL) for n, k in law.items()}
+    law = {name: np.polyfit([r["buckets"] for r in rows], [r[name] for r in rows], 1).tolist() for name in rows[0]}
+    full = {name: slope * FULL + constant for name, (slope, constant) in law.items()}
     print_table("scale", [(n, *(r[n] for r in rows), full[n]) for n in rows[0]],
                 header=("", *(f"{r['buckets']:,}" for r in rows), f"{FULL:,} by the law"))  # fmt: skip
     (HERE / "scale.json").write_text(json.dumps({"rows": rows, "law": law, "full": full}, indent=1) + "\n")

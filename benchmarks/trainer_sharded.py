@@ -36,7 +36,7 @@ def random_store(path: Path) -> None:
     )
     writer, rng = create_store(str(path), spec), np.random.default_rng(0)
     ids: dict[str, Any] = {name: np.zeros(ROWS, np.int32) for name in ("sequence", "position", "token_id")}
-    writer.write_bucket(0, {"resid_post.0": rng.standard_normal((ROWS, D), np.float32)}, **ids)
+    writer.write_arrays(0, {"resid_post.0": rng.standard_normal((ROWS, D), np.float32), **ids})
     writer.finalise()
 
 

@@ -12,7 +12,21 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "tokens": ["torch", "actstore.capture", "actstore.stream", "trainer"],
     "capture": ["actstore.stream", "trainer"],
-    "store": ["torch", "transformers", "ray", "actstore.tokens", "actstore.capture", "actstore.stream", "trainer"],
+    "store": [
+        "torch",
+        "transformers",
+        "ray",
+        "actstore.exchange",
+        "actstore.tokens",
+        "actstore.capture",
+        "actstore.stream",
+        "trainer",
+    ],
+    "store/format": [f"actstore.store.{room}" for room in ("storage", "write", "read", "maintain")],
+    "store/storage": [f"actstore.store.{room}" for room in ("format", "write", "read", "maintain")],
+    "store/read": ["actstore.store.write", "actstore.store.maintain"],
+    "store/write": ["actstore.store.maintain"],
+    "exchange": ["actstore.tokens", "actstore.capture", "actstore.stream", "trainer"],
     "stream": ["transformers", "ray", "torch.nn", "actstore.tokens", "actstore.capture", "trainer"],
     "trainer": ["zarr", "ray", "actstore.store.write.bucket", "actstore.capture.run", "actstore.capture.worker"],
 }

@@ -172,10 +172,10 @@ def recorded_revision(recorded: dict[str, Any]) -> str | None:
     return weights if re.fullmatch(r"[0-9a-f]{40}", weights) else None
 
 
-def tokenizer_digest(name: str) -> str | None:
+def tokenizer_digest(name: str, revision: str | None) -> str | None:
     """Digest of the vocabulary that the model brings, or None if it brings none that can be read."""
     try:
-        return load_tokenizer(name).digest
+        return load_tokenizer(name, revision).digest
     except TokensError:
         return None
 

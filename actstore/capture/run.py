@@ -140,7 +140,7 @@ def _with_absolute_paths(config: CaptureConfig) -> CaptureConfig:
 
 def _check_tokens(config: CaptureConfig, tokens: TokenTable, model_config: Any) -> None:
     """Refuse tokens that the model can't read, or that another tokenizer made."""
-    from actstore.capture.model import tokenizer_digest
+    from actstore.capture.model import revision_of, tokenizer_digest
 
     text = model_config.get_text_config()
     if tokens.max_id >= text.vocab_size:
@@ -154,7 +154,8 @@ def _check_tokens(config: CaptureConfig, tokens: TokenTable, model_config: Any) 
             f"tokens {config.tokens} have sequences of {tokens.seq_len}, but {config.model} reads at most {context}; "
             f"tokenize with --seq-len {context} or less"
         )
-    if config.check_tokenizer and tokenizer_digest(config.model) not in (None, tokens.tokenizer_digest):
+    digest = tokenizer_digest(config.model, revision_of(model_config)) if config.check_tokenizer else None
+    if digest not in (None, tokens.tokenizer_digest):
         raise CaptureError(
             f"tokens {config.tokens} were made with {tokens.tokenizer}, not the vocabulary of {config.model}; "
             "tokenize with this model's tokenizer, or pass --no-check-tokenizer if their ids mean the same"

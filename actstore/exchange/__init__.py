@@ -1,1 +1,1 @@
-"""Activations in other tools' files: import and export."""
+"""Activations in other tools' files: `importer` makes stores of them, `exporter` writes them."""

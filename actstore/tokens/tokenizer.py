@@ -36,9 +36,12 @@ class Tokenizer:
     """Ids of each text, without special tokens."""
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer from a hub id, a local directory or a .gguf file; `TokensError` says why it can't be used."""
-    loaded = _load(name)
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """Load a tokenizer from a hub id, a local directory or a .gguf file; `TokensError` says why it can't be used.
+
+    `revision` is the hub's commit, tag or branch; default main.
+    """
+    loaded = _load(name, revision)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise TokensError(f"tokenizer {name}: no fast version (tokenizer.json); convert it with transformers first")
@@ -80,7 +83,7 @@ def hub_is_out_of_reach() -> bool:
     return False
 
 
-def _load(name: str) -> Any:
+def _load(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     path = model_path(name)
@@ -93,7 +96,9 @@ def _load(name: str) -> Any:
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         if path.is_dir():
             return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(name, local_files_only=hub_is_out_of_reach(), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", local_files_only=hub_is_out_of_reach(), trust_remote_code=False
+        )
     except ImportError as e:
         raise TokensError(f"tokenizer {name}: needs more packages: {one_line(e)}; pip install gguf accelerate") from e
     except Exception as e:  # transformers and gguf raise what they meet in a damaged file

@@ -1,1 +1,7 @@
-"""Looking after a store: verify, repair, gc, copy, move, info."""
+"""Looking after a store that exists.
+
+verify, repair    find damage; replace what is damaged
+gc                free what dead attempts left
+copy, move        to another place, codec or encoding
+info              what it holds
+"""

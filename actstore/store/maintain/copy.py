@@ -3,7 +3,7 @@
 As it is means: identical chunks, each checked against its committed crc32c on the way, each bucket committed through
 the protocol of `write/`, and equal fingerprints at the end. Another codec re-encodes the same elements, so
 that values and statistics stay exactly what they were; another encoding decodes and writes values anew. Row order never
-changes. At most `_WORKERS` shards are in memory (another encoding: what `write_bucket` holds, which is as bounded).
+changes. At most `_WORKERS` shards are in memory (another encoding: what `write_arrays` holds, which is as bounded).
 
 `move` deletes the source once everything at the destination has been read back, and only a finished source, which
 nobody can be writing. It first marks the source as moved, which makes it unreadable in one step, and deletes the mark

@@ -1,1 +1,6 @@
-"""Reading a store: where its chunks lie, and its values."""
+"""Reading a store.
+
+index     which buckets exist, and where each chunk lies
+store     what a user opens: sites, statistics, arrays
+values    rows as values, whatever they are stored as
+"""

@@ -141,12 +141,7 @@ def load_current(storage: Storage) -> Index:
         raise StoreError(
             f"{storage.url}: {manifest.HEAD_KEY} and {GROUP_KEY} describe different stores; see: actstore verify"
         )
-    return _unfinished(storage, spec, use_parts=True)
-
-
-def load_records(storage: Storage) -> Index:
-    """The index from the commit records alone."""
-    return _unfinished(storage, read_spec(storage), use_parts=False)
+    return _unfinished(storage, spec)
 
 
 def committed(storage: Storage, spec: StoreSpec) -> NDArray[np.int64]:
@@ -264,7 +259,7 @@ def _finished(storage: Storage, head: manifest.Head) -> Index:
     )
 
 
-def _unfinished(storage: Storage, spec: StoreSpec, *, use_parts: bool) -> Index:
+def _unfinished(storage: Storage, spec: StoreSpec) -> Index:
     """The index of what is committed: parts of the manifest where they exist, else commit records."""
     buckets = committed(storage, spec)
     size = manifest.part_buckets(spec)
@@ -272,7 +267,7 @@ def _unfinished(storage: Storage, spec: StoreSpec, *, use_parts: bool) -> Index:
     for number in np.unique(buckets // size).tolist():
         first, stop = manifest.part_range(spec, number)
         here = buckets[(buckets >= first) & (buckets < stop)]
-        part = read_part(storage, spec, number) if use_parts and len(here) == stop - first else None
+        part = read_part(storage, spec, number) if len(here) == stop - first else None
         chunks: dict[str, Chunks] = {}
         if part is None:
             records = manifest.PartBuilder(spec, number, here)

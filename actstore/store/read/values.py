@@ -42,7 +42,7 @@ class Values:
 
 
 class BucketRows:
-    """One array of one bucket in stored order, read as it is sliced: the `Rows` that `write_bucket` takes."""
+    """One array of one bucket in stored order, read as it is sliced: the `Rows` that `write_arrays` takes."""
 
     def __init__(self, values: Values, store: Store, name: str, place: int) -> None:
         """The bucket is at row `place` of the store's index."""

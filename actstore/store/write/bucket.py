@@ -56,7 +56,7 @@ class WriteTimes:
 
 
 class Rows(Protocol):
-    """Rows of one array, in memory or elsewhere: what `write_bucket` needs of a numpy array."""
+    """Rows of one array, in memory or elsewhere: what `write_arrays` needs of a numpy array."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ class Rows(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """See `write_bucket`."""
+        """See `write_arrays`."""
         ...
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
