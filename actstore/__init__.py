@@ -5,6 +5,9 @@
 """
 
 import os
+import stat
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actstore.errors import ActstoreError
@@ -16,6 +19,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["ActivationDataset", "ActstoreError", "create", "open"]
+
+
+def _give_numba_a_cache(package: Path) -> None:
+    """Name a private temporary directory for compiled functions where neither package nor home can be written.
+
+    numba refuses to compile with a cache and no place for it. The directory is private because numba unpickles files.
+    """
+    if "NUMBA_CACHE_DIR" in os.environ or os.access(package, os.W_OK):
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '/nonexistent')}/.cache")
+    if os.access(next(p for p in (home, *home.parents) if p.exists()), os.W_OK):
+        return
+    cache = Path(tempfile.gettempdir()) / f"actstore-numba-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    seen = cache.lstat()
+    private = stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.getuid() and not seen.st_mode & 0o077
+    os.environ["NUMBA_CACHE_DIR"] = str(cache) if private else tempfile.mkdtemp(prefix="actstore-numba-")
+
+
+_give_numba_a_cache(Path(__file__).parent)
 
 
 def open(url: str | os.PathLike[str]) -> "Store":  # noqa: A001  actstore.open is the public name

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,17 @@ def test_pyproject_and_package_agree_on_the_version() -> None:
 def test_json_files_are_json() -> None:
     for path in (ROOT / "benchmarks").glob("*.json"):
         json.loads(path.read_text())
+
+
+def test_a_read_only_installation_without_a_home_has_a_private_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    import actstore
+
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", "/proc/nonexistent")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    actstore._give_numba_a_cache(ROOT)
+    assert "NUMBA_CACHE_DIR" not in os.environ
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    actstore._give_numba_a_cache(ROOT)
+    cache = Path(os.environ.pop("NUMBA_CACHE_DIR"))
+    assert cache.stat().st_mode & 0o777 == 0o700

@@ -68,6 +68,7 @@ class ActivationDataset(IterableDataset[Any]):
         drop_positions: Sequence[int] = (),
         drop_tokens: Sequence[int] = (),
         max_norm: float | Mapping[str, float] | None = None,
+        drop_nonfinite: bool = False,
         held_out: float = 0.0,
         split: Split = "train",
         streams: int = 8,
@@ -102,6 +103,8 @@ class ActivationDataset(IterableDataset[Any]):
             drop_tokens: token ids to leave out.
             max_norm: leave out rows with a greater L2 norm than this, of any site or by site, in stored units. Unlike
                 the other filters it reads the site once before the first batch.
+            drop_nonfinite: leave out rows that hold NaN or infinity at a site that is read; as max_norm it reads such
+                a site once, but only if the store's statistics know of such rows.
             held_out: share of sequences that are kept from training; the same ones for every seed.
             split: "train" reads the others, "held_out" reads them.
             streams: canonical streams S; world sizes that divide S see the same global order.
@@ -133,7 +136,7 @@ class ActivationDataset(IterableDataset[Any]):
         where = RowFilter(
             drop_positions=whole_numbers("drop_positions", drop_positions),
             drop_tokens=whole_numbers("drop_tokens", drop_tokens),
-            max_norm=max_norms(max_norm, self.sites),
+            max_norm=max_norms(max_norm, self.sites, self._sites_to_clean() if drop_nonfinite else ()),
             held_out=held_out,
             split=split,
         )
@@ -177,6 +180,11 @@ class ActivationDataset(IterableDataset[Any]):
         self._fit()
         for line in self.store.remarks(self.sites):
             warn(f"{self.store.url}: {line}")
+
+    def _sites_to_clean(self) -> tuple[str, ...]:
+        """Sites that are read and have rows with NaN or infinity."""
+        sums = self.store.index.stats
+        return tuple(s for s in self.sites if s in sums and sums[s].nonfinite)
 
     def _place(self) -> tuple[int, int]:
         """Rank and world size: as given, else those of torch.distributed by now."""

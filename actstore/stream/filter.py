@@ -8,6 +8,7 @@ few bytes a row against thousands), or, for `max_norm`, the site itself, which c
 
 import math
 import operator
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -246,11 +247,16 @@ def whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"{name} is {values!r}, expected whole numbers such as (0, 1)") from e
 
 
-def max_norms(max_norm: float | Mapping[str, float] | None, sites: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
-    """`max_norm` as an argument, by site: one figure holds for every site that is read."""
-    if max_norm is None:
-        return ()
-    given = dict(max_norm) if isinstance(max_norm, Mapping) else dict.fromkeys(sites, float(max_norm))
+def max_norms(
+    max_norm: float | Mapping[str, float] | None, sites: tuple[str, ...], to_clean: tuple[str, ...] = ()
+) -> tuple[tuple[str, float], ...]:
+    """`max_norm` as an argument, by site: one figure holds for every site that is read.
+
+    Sites `to_clean` lose at least the rows that hold NaN or infinity: those without a finite norm.
+    """
+    given = dict.fromkeys(to_clean, sys.float_info.max)
+    if max_norm is not None:
+        given |= dict(max_norm) if isinstance(max_norm, Mapping) else dict.fromkeys(sites, float(max_norm))
     unknown = sorted(given.keys() - set(sites))
     if unknown:
         raise ValueError(f"max_norm names {', '.join(unknown)}, which is not read here; sites are {', '.join(sites)}")

@@ -264,3 +264,21 @@ def test_golden_filtered_order() -> None:
         pieces = [order.piece(i) for i in slot.pieces]
         got += [pieces[j].place * 100 + pieces[j].chunk * 10 + int(r) for j, r in zip(slices, row, strict=True)]
     assert got == GOLDEN
+
+
+def test_rows_with_nan_are_left_out_on_request(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(1024, 8)).astype(np.float32)
+    bad = [3, 77, 500]
+    x[bad, [0, 5, 7]] = [np.nan, np.inf, -np.inf]
+    with actstore.create(
+        tmp_path, sites={"a.0": 8}, encoding="f32", bucket_rows=256, shard_rows=128, chunk_rows=64
+    ) as w:
+        w.append({"a.0": x}, sequence=np.arange(1024))
+    options: dict[str, Any] = {"sites": "a.0", "batch_size": 32, "drop_last": False}
+    with pytest.warns(actstore.errors.ActstoreWarning, match="a.0: 3 rows hold NaN or infinity: row 3, 77, 500"):
+        clean = actstore.ActivationDataset(tmp_path, **options, drop_nonfinite=True)
+    assert clean.rows == 1021
+    assert all(batch.isfinite().all() for batch in clean)
+    assert actstore.ActivationDataset(tmp_path, **options).rows == 1024
+    tighter = actstore.ActivationDataset(tmp_path, **options, drop_nonfinite=True, max_norm=2.0)
+    assert tighter.rows == int((np.linalg.norm(x, axis=1) <= 2.0).sum())
