@@ -57,6 +57,7 @@ class Stream:
             batch_size=self.batch_size,
             seed=self.seed,
             streams=STREAMS,
+            drop_nonfinite=True,
             device=self.delivery,
         )
 

@@ -43,10 +43,11 @@ def _site_values(kit: Kit) -> None:
         sites = expand_sites("all", config)
         kept = torch.ones(ids.shape, dtype=torch.bool)
         kept[1, :20] = False
-        expected = activations(load_model(str(folder)), ids, sites, pad_id=0, bos_id=1)
+        padding = torch.tensor([0, 20, *[0] * (len(ids) - 2)])
+        expected = activations(load_model(str(folder)), ids, sites, padding)
         for dtype in ("float32", "bfloat16"):
             model = load_model(str(folder), dtype, kit.device)
-            found = activations(model, ids, sites, pad_id=0, bos_id=1)
+            found = activations(model, ids, sites, padding)
             worst = max(_error(found[s.name].cpu()[kept], expected[s.name][kept]) for s in sites)
             what = f"{len(sites)} sites, {kind}, {attention_of(config, kit.device)} attention, {dtype}"
             kit.check("values", what, worst, TOLERANCE[dtype])

@@ -26,6 +26,7 @@ from tiny import config_of, model_of, save, save_gguf, tokenizer_of
 from actstore import keyed
 from actstore.capture import CaptureConfig, bucket, capture, parse_sites
 from actstore.capture import execute as execute_module
+from actstore.capture import model as model_module
 from actstore.capture import run as run_module
 from actstore.capture import worker as worker_module
 from actstore.capture.bucket import bucket_rows
@@ -35,9 +36,11 @@ from actstore.capture.precision import saved_precision
 from actstore.errors import CaptureError, EncodingError, MismatchError, TokensError
 from actstore.progress import Progress
 from actstore.store import StoreWriter, open_store, open_writer
-from actstore.store.format import record
+from actstore.store.format import manifest, record
+from actstore.store.maintain.verify import verify
+from actstore.store.read.index import read_record
 from actstore.store.storage import PARTIAL, open_storage
-from actstore.store.write import protocol
+from actstore.store.write import finalise, protocol
 from actstore.tokens import TokenizeConfig, TokenTable, open_tokens, row_starts, rows_of, span_of, tokenize
 from actstore.tokens.tokenizer import load_tokenizer
 
@@ -462,12 +465,71 @@ def test_a_committed_bucket_costs_no_forward_pass_and_a_taken_one_is_taken_back(
     check_store(config)
 
 
+def test_replicas_make_the_parts_of_the_manifest(config, monkeypatch):
+    """A part a bucket instead of a thousand buckets; an interrupted finalisation goes on with the parts that lack."""
+    monkeypatch.setattr(manifest, "PART_BUCKETS", 1)
+    made, write = [], finalise.write_part
+
+    def part(storage, spec, number):
+        made.append(number)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        write(storage, spec, number)
+
+    monkeypatch.setattr(finalise, "write_part", part)
+    with pytest.raises((KeyboardInterrupt, CaptureError)):
+        capture(config, QUIET)
+    storage = open_storage(config.out)
+    there = [key for key in storage.list("manifest") if key.count("/") == 1]
+    assert 0 < len(there) < open_store(config.out).spec.buckets
+    assert not storage.exists(manifest.HEAD_KEY)
+    begun = len(made)
+    capture(config, QUIET)
+    assert len(made) - begun == open_store(config.out).spec.buckets - len(there)
+    whole = replace(config, out=config.out + "-whole")
+    monkeypatch.undo()
+    capture(whole, QUIET)
+    monkeypatch.setattr(manifest, "PART_BUCKETS", 1)
+    assert open_store(config.out).fingerprint == open_store(whole.out).fingerprint
+    for site in SITES.split(","):
+        one, other = open_store(config.out).stats(site), open_store(whole.out).stats(site)
+        assert np.array_equal(one.mean, other.mean)
+        assert np.array_equal(one.variance, other.variance)
+    assert not verify(storage, deep=True).damage
+
+
+def test_other_versions_go_on_only_where_they_are_allowed(config, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "versions", lambda: {"torch": "1.0.0", "transformers": "4.0.0"})
+        real, done = execute_module.Pool.run, []
+
+        def interrupted(self, tasks, show):
+            done.extend(list(tasks)[:2])
+            real(self, done, show)
+            raise KeyboardInterrupt
+
+        patch.setattr(execute_module.Pool, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            capture(config, QUIET)
+    with pytest.raises(MismatchError, match=r"provenance\.model\.torch is '1\.0\.0'"):
+        capture(config, QUIET)
+    summary = capture(replace(config, allow=("versions",)), QUIET)
+    store = open_store(config.out)
+    assert summary.buckets == store.spec.buckets - 2
+    now = model_module.versions()
+    assert store.provenance["model"]["torch"] == "1.0.0"
+    assert store.index.versions == {
+        name: tuple(sorted(("1.0.0" if name == "torch" else "4.0.0", v))) for name, v in now.items()
+    }
+    assert read_record(store.storage, store.spec, done[0].key).versions == {"torch": "1.0.0", "transformers": "4.0.0"}
+
+
 def test_a_store_that_is_not_complete_at_the_end_is_an_error(config, monkeypatch):
-    finalise = StoreWriter.finalise
+    real = StoreWriter.finalise
 
     def finalising(self):
         next(Path(config.out, "commits").glob("*1.json")).unlink()
-        finalise(self)
+        return real(self)
 
     monkeypatch.setattr(StoreWriter, "finalise", finalising)
     with pytest.raises(CaptureError, match="the store is not complete: 1 buckets are not committed, for example"):

@@ -21,8 +21,8 @@ def test_verify(known: Known) -> None:
     victim = next(p for p in (Path(known.url) / "mlp_out.3" / "c").rglob("0") if p.is_file())
     victim.write_bytes(victim.read_bytes()[:-1])
     lines = run_actstore("verify", known.url, code=1).stdout.splitlines()
-    assert len(lines) == 1
     assert lines[0].startswith("mlp_out.3/c/")
+    assert all(line.startswith("note: ") for line in lines[1:])  # random bits hold NaN
 
 
 def test_an_unfinished_store_says_how_far_it_is(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_bench_read_and_write(known: Known, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["info", "nowhere"], 1, "no activation store at nowhere"),
+        (["info", "nowhere"], 1, "/nowhere: it has no zarr.json"),
         (["info", "nope://x"], 2, "unknown URL scheme 'nope'"),
         (["verify", "."], 1, "no activation store"),
         (["bench", "read", "nowhere"], 1, "no activation store"),

@@ -332,11 +332,13 @@ def test_command_line_exports_and_reports_errors(tmp_path, capsys, monkeypatch):
     save_sae(tmp_path / "sae", saved.sae, scale=saved.scale, site=saved.site, about=saved.config)
     assert run_cli(monkeypatch, "export", "--sae", tmp_path / "sae", "--out", tmp_path / "npz") == 0
     assert load_params(tmp_path / "npz/params.npz")["W_enc"].shape == (16, 48)
+    assert run_cli(monkeypatch, "export", "--sae", tmp_path / "sae", "--out", tmp_path / "npz/../sae") == 2
+    assert "is the SAE's own directory" in capsys.readouterr().err
     lens = ["export", "--sae", tmp_path / "sae", "--out", tmp_path / "lens", "--format", "saelens"]
     assert run_cli(monkeypatch, *lens) == 0
     metadata = json.loads((tmp_path / "lens/cfg.json").read_text())["metadata"]
     assert (metadata["model_name"], metadata["context_size"]) == ("tiny", 256)
-    assert run_cli(monkeypatch, "export", "--sae", tmp_path, "--out", tmp_path) == 1
+    assert run_cli(monkeypatch, "export", "--sae", tmp_path, "--out", tmp_path / "x") == 1
     assert "no SAE in" in capsys.readouterr().err
 
 

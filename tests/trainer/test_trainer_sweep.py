@@ -212,7 +212,7 @@ def test_statistics_of_no_use_are_refused(tmp_path):
     with pytest.raises(ActstoreError, match="no committed bucket yet"):
         sweep(config_of(str(tmp_path / "s"), tmp_path / "out"))
     x = np.ones((512, 4), np.float32)
-    x[3, 2] = np.nan
+    x[:, 2] = np.nan
     ids = {name: np.zeros(512, np.int32) for name in ("sequence", "position", "token_id")}
     write_rows(writer, 0, {SITES[0]: np.ones((512, 4), np.float32), SITES[1]: x}, **ids)
     writer.finalise()
