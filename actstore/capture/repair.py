@@ -53,7 +53,7 @@ def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
     root = str(storage.root.resolve()) if isinstance(storage, LocalStorage) else url
     writer = StoreWriter(storage, spec, threads=config.threads)
     plan, model_config = _plan(config, root, spec) if found.buckets else (None, None)
-    restore_derived(storage, found.derived)
+    restore_derived(storage, spec, found.derived)
     if plan is None:
         writer.finalise()
         outcome = NOTHING

@@ -171,6 +171,22 @@ def test_a_manifest_that_cannot_be_read_is_made_anew_without_a_model(config, mon
     assert {k: d for k, (_, d) in files(Path(config.out)).items()} == {k: d for k, (_, d) in before.items()}
 
 
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+@pytest.mark.parametrize("what", ["*/*.parquet", "*.json"])
+def test_each_object_of_the_manifest_is_made_again(config, what, how, monkeypatch):
+    capture(config, QUIET)
+    before = {k: d for k, (_, d) in files(Path(config.out)).items()}
+    victim = min((Path(config.out) / "manifest").glob(what))
+    if how == "flipped":
+        flip(victim)
+    else:
+        victim.unlink()
+    monkeypatch.setattr(execute_module, "Pool", None)
+    assert repair(config.out, RepairConfig(model="/nowhere"), QUIET).damaged_objects > 0
+    assert {k: d for k, (_, d) in files(Path(config.out)).items()} == before
+    assert not verify(open_storage(config.out), deep=True).damage
+
+
 def test_what_cannot_be_made_again_is_refused_and_nothing_changes(config, mender, folder, tmp_path):
     config = replace(config, encoding="fixed:1e-3")
     capture(config, QUIET)

@@ -14,6 +14,7 @@ commit records; without it the records say the same.
 
 import hashlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ HEAD_KEY = "manifest.json"
 TABLE_LIMIT = 1 << 24
 """Bytes of a table that a reader fetches."""
 PART_CHUNKS, PART_BUCKETS = 1 << 18, 1 << 10
+TABLE = re.compile(rf"{MANIFEST}/([^/]+)/([0-9]{{6,}})-[0-9a-f]{{8}}\.parquet")
 _SCHEMA = pa.schema([pa.field(name, pa.uint32(), nullable=False) for name in ("stored", "crc32c")])
 
 
@@ -62,6 +64,12 @@ def part_key(spec: StoreSpec, part: int) -> str:
 def table_key(array: str, part: int, crc: int) -> str:
     """Object name of a table."""
     return f"{MANIFEST}/{array}/{part:06d}-{crc:08x}.parquet"
+
+
+def part_of(key: str) -> int | None:
+    """The part that a table's name stands for; None for other names."""
+    found = TABLE.fullmatch(key)
+    return int(found[2]) if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,6 @@ PARTIAL_NAME = re.compile(r".+\.[0-9a-f]{16}\.partial")
 _PARTIAL_SECONDS = 600
 _WORKERS = 16
 _PART = re.compile(rf"{manifest.MANIFEST}/[0-9]{{6,}}-[0-9]{{8,}}\.json")
-_TABLE = re.compile(rf"{manifest.MANIFEST}/([^/]+)/[0-9]{{6,}}-[0-9a-f]{{8}}\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ class Names:
 
     def manifest(self, key: str) -> bool:
         """Whether the name is that of a part of the manifest, or of a table."""
-        table = _TABLE.fullmatch(key)
+        table = manifest.TABLE.fullmatch(key)
         return bool(_PART.fullmatch(key)) or (table is not None and table[1] in self._arrays)
 
     def other(self, key: str) -> bool:

@@ -55,11 +55,16 @@ def condemned(spec: StoreSpec, damage: list[Damage]) -> Condemned:
     return found
 
 
-def restore_derived(storage: Storage, keys: list[str]) -> None:
-    """Write damaged array metadata anew, and delete damaged parts of the manifest, which finalising makes again."""
+def restore_derived(storage: Storage, spec: StoreSpec, keys: list[str]) -> None:
+    """Write damaged array metadata anew, and delete what is damaged of the manifest, which finalising makes again.
+
+    With a table goes its part: a part that is there counts as made.
+    """
     for key in keys:
         if key.startswith(manifest.MANIFEST):
             storage.delete(key)
+        if (number := manifest.part_of(key)) is not None:
+            storage.delete(manifest.part_key(spec, number))
     write_metadata(storage)
 
 
