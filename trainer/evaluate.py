@@ -179,14 +179,14 @@ def evaluate(
     side: str,
     saved: SavedSAE,
     ids: Int[ndarray, "sequences length"],
-    special_ids: Sequence[int],
+    kept: Bool[ndarray, "sequences length"],
     *,
     target: tuple[nn.Module, str] | None = None,
     batch_sequences: int = 8,
 ) -> Evaluation:
     """`evaluate_many` for one SAE."""
     how: dict[str, Any] = {"target": target, "batch_sequences": batch_sequences}
-    return evaluate_many(model, module, side, [saved], ids, special_ids, **how)[0]
+    return evaluate_many(model, module, side, [saved], ids, kept, **how)[0]
 
 
 @torch.inference_mode()
@@ -196,7 +196,7 @@ def evaluate_many(
     side: str,
     saes: Sequence[SavedSAE],
     ids: Int[ndarray, "sequences length"],
-    special_ids: Sequence[int],
+    kept: Bool[ndarray, "sequences length"],
     *,
     target: tuple[nn.Module, str] | None = None,
     batch_sequences: int = 8,
@@ -204,33 +204,32 @@ def evaluate_many(
 ) -> list[Evaluation]:
     """Evaluate SAEs at one side ('input' or 'output') of `module`, a part of `model`, on token sequences.
 
-    Transcoders read there and reconstruct, and are spliced in, at `target`. `special_ids` are BOS, EOS and padding.
+    Transcoders read there and reconstruct, and are spliced in, at `target`. `kept` is false at BOS, EOS and padding.
     `on_batch` is told the sequences done.
     """
     device = saes[0].sae.W_enc.device
     every = [_Sums(s.sae.W_dec.shape[1], s.sae.W_enc.shape[1], ids.shape[1], device) for s in saes]
-    specials = torch.tensor(sorted(set(special_ids)), device=device)
     read, written = (module, side), target or (module, side)
     for start in range(0, len(ids), batch_sequences):
         tokens = torch.from_numpy(np.ascontiguousarray(ids[start : start + batch_sequences], np.int64)).to(device)
-        kept = ~torch.isin(tokens, specials)
+        here = torch.from_numpy(kept[start : start + batch_sequences]).to(device)
         seen: dict[str, Tensor] = {}
         with watch(*read, seen, "read"), watch(*written, seen, "written"):
-            losses = {"clean": cross_entropy(model, tokens, kept)}
+            losses = {"clean": cross_entropy(model, tokens, here)}
         clean = seen["written"]
 
-        def spliced(value: Tensor | float, clean: Tensor = clean, tokens: Tensor = tokens, kept: Tensor = kept) -> Any:
+        def spliced(value: Tensor | float, clean: Tensor = clean, tokens: Tensor = tokens, here: Tensor = here) -> Any:
             changed = clean.clone()
-            changed[kept] = value.to(clean.dtype) if isinstance(value, Tensor) else value
+            changed[here] = value.to(clean.dtype) if isinstance(value, Tensor) else value
             with splice(*written, lambda _: changed):
-                return cross_entropy(model, tokens, kept)
+                return cross_entropy(model, tokens, here)
 
         losses["zero"] = spliced(0.0)
-        x, y, positions = seen["read"][kept].float(), clean[kept].float(), kept.nonzero()[:, 1]
+        x, y, positions = seen["read"][here].float(), clean[here].float(), here.nonzero()[:, 1]
         for saved, sums in zip(saes, every, strict=True):
             _check_width(seen["read"], saved.sae.W_enc.shape[0], "reads")
             _check_width(seen["written"], saved.sae.W_dec.shape[1], "writes")
-            sums.add_targets(kept)
+            sums.add_targets(here)
             xhat = _reconstructed(saved, x, y, positions, sums)
             for name, loss in {**losses, "sae": spliced(xhat)}.items():
                 sums.add_loss(name, loss)
@@ -376,7 +375,8 @@ def _on_model(
             bar = display.step(what, total=len(ids), unit="sequences")
             how: dict[str, Any] = {"batch_sequences": config.batch_sequences, "on_batch": bar.advance}
             here = [saes[path] for path in paths]
-            found = evaluate_many(model, *place, here, ids, table.special_ids, target=target, **how)
+            kept = table.documents(0, len(ids)) >= 0  # by place: a vocabulary may pad with a token of text
+            found = evaluate_many(model, *place, here, ids, kept, target=target, **how)
             for path, one in zip(paths, found, strict=True):
                 yield path, replace(one, sae=str(path), model=name, dtype=dtype, data=url)
 

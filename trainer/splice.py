@@ -54,13 +54,22 @@ def cross_entropy(
     return total
 
 
+SPLICED = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_hidden", "mlp_out")
+"""Kinds of site that an SAE can stand in for: what is put there is all that the rest of the model sees of it."""
+
+
 def place_of(model: nn.Module, site: str) -> tuple[nn.Module, str]:
-    """The module, and which side of it, that `site` is in a `transformers` model."""
-    from actstore.capture.forward import decoder_of
-    from actstore.capture.sites import check_sites, hooks_of, parse_sites
+    """The module, and which side of it, that `site` is in a `transformers` model.
+
+    `ValueError` for a kind that is not in `SPLICED`, or that the model does not have.
+    """
+    from actstore.capture.forward import module_of
+    from actstore.capture.sites import check_sites, parse_sites
 
     (place,) = parse_sites(site)
+    if place.kind not in SPLICED:
+        raise ValueError(f"site {site}: an SAE can be spliced in at {', '.join(SPLICED)} only")
     config: Any = model.config
     check_sites(config, (place,), str(config.name_or_path))
-    hook = hooks_of(config.model_type)[place.kind]
-    return decoder_of(model).layers[place.layer].get_submodule(hook.module), hook.side
+    module, hook = module_of(model, place)
+    return module, hook.side

@@ -25,6 +25,11 @@ from trainer.sae import init_sae, sae_of
 SPECIAL = (0, 1, 2)
 
 
+def rows_of(ids: np.ndarray) -> np.ndarray:
+    """Positions that hold a token of text."""
+    return ~np.isin(ids, SPECIAL)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
@@ -74,7 +79,7 @@ def test_bins_are_powers_of_two():
 def test_positions_match_plain_computation(model, ids):
     saved = SavedSAE(sae_for(16, 48), 8.0, "resid_post.1", {})
     layer, tokens = model.model.layers[1], torch.from_numpy(ids.astype(np.int64))
-    found = evaluate(model, layer, "output", saved, ids, SPECIAL, batch_sequences=2)
+    found = evaluate(model, layer, "output", saved, ids, rows_of(ids), batch_sequences=2)
     kept = ~np.isin(ids, SPECIAL)
     x = model.model(input_ids=tokens, output_hidden_states=True).hidden_states[2]
     f = saved.sae.encode(x.flatten(0, 1) / 8).unflatten(0, ids.shape)
@@ -111,7 +116,7 @@ def test_densities_dead_and_dense(model, ids):
     sae.b_enc.copy_(torch.tensor([1.0, -1.0, 1.0, 0.0]))
     sae.W_enc[:, 3] = torch.randn(16, generator=torch.Generator().manual_seed(1))
     sae.threshold.fill_(0.5)
-    found = evaluate(model, model.model.layers[1], "output", SavedSAE(sae, 1.0, "", {}), ids, SPECIAL)
+    found = evaluate(model, model.model.layers[1], "output", SavedSAE(sae, 1.0, "", {}), ids, rows_of(ids))
     assert found.density[:3] == (1, 0, 1)
     assert 0.1 < found.density[3] < 0.9
     assert (found.dead, found.dense) == (0.25, 0.75)
@@ -123,7 +128,7 @@ def test_a_position_without_predictions_has_no_loss(model, ids):
     """Position 0 is a token like others where no BOS is put in front, but nothing predicts it."""
     ids = ids.copy()
     ids[:, 0] = 5
-    found = evaluate(model, model.model.layers[1], "output", SavedSAE(sae_for(16, 48), 8.0, "", {}), ids, SPECIAL)
+    found = evaluate(model, model.model.layers[1], "output", SavedSAE(sae_for(16, 48), 8.0, "", {}), ids, rows_of(ids))
     first = found.positions[0]
     assert (first.first, first.stop, first.tokens, first.delta_loss) == (0, 1, 5, None)
     assert found.positions[1].delta_loss is not None
@@ -131,9 +136,9 @@ def test_a_position_without_predictions_has_no_loss(model, ids):
 
 def test_few_rows_at_once_give_the_same_figures(model, ids, monkeypatch):
     saved = SavedSAE(sae_for(16, 48), 8.0, "", {})
-    whole = evaluate(model, model.model.layers[1], "output", saved, ids, SPECIAL)
+    whole = evaluate(model, model.model.layers[1], "output", saved, ids, rows_of(ids))
     monkeypatch.setattr("trainer.evaluate.rows_at_once", lambda _: 7)
-    parts = evaluate(model, model.model.layers[1], "output", saved, ids, SPECIAL)
+    parts = evaluate(model, model.model.layers[1], "output", saved, ids, rows_of(ids))
     assert numbers(parts) == pytest.approx(numbers(whole), rel=1e-6)
 
 
@@ -146,7 +151,7 @@ def test_a_transcoder_replaces_what_it_reconstructs(model, ids, skip):
     if skip:
         sae.W_skip.copy_(torch.eye(16) / 2)
     saved = SavedSAE(sae, 4.0, "mlp_in.1", {"target": {"site": "mlp_out.1", "scale": 2.0}})
-    found = evaluate(model, mlp, "input", saved, ids, SPECIAL, target=(out, "output"))
+    found = evaluate(model, mlp, "input", saved, ids, rows_of(ids), target=(out, "output"))
     seen = []
     handles = [mlp.register_forward_pre_hook(lambda _, a: seen.append(a[0]))]
     handles += [out.register_forward_hook(lambda _, a, y: seen.append(y))]
@@ -161,7 +166,15 @@ def test_a_transcoder_replaces_what_it_reconstructs(model, ids, skip):
     assert found.fvu == pytest.approx(float(fvu), rel=1e-5)
     assert found.delta_loss != 0
     with pytest.raises(ActstoreError, match="the SAE writes 16"):
-        evaluate(model, mlp, "input", saved, ids, SPECIAL, target=(model.model.layers[1].mlp.gate_proj, "output"))
+        evaluate(
+            model,
+            mlp,
+            "input",
+            saved,
+            ids,
+            rows_of(ids),
+            target=(model.model.layers[1].mlp.gate_proj, "output"),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +354,7 @@ def test_tokens_of_another_vocabulary_are_refused(place, monkeypatch):
 
 def test_a_report_escapes_names_and_keeps_equal_ones_apart(model, ids, tmp_path):
     saved = SavedSAE(sae_for(16, 48), 8.0, "", {})
-    found = evaluate(model, model.model.layers[1], "output", saved, ids, SPECIAL)
+    found = evaluate(model, model.model.layers[1], "output", saved, ids, rows_of(ids))
     two = [dataclasses.replace(found, model=f"/{x}/same", data="<b>") for x in "ab"]
     assert list(report.evaluation_labels(two)) == ["/a/same, <b>", "/b/same, <b>"]
     write_evaluations(tmp_path, "sae", "<site>", two)
@@ -351,7 +364,9 @@ def test_a_report_escapes_names_and_keeps_equal_ones_apart(model, ids, tmp_path)
 
 
 def test_an_sae_that_is_silent_has_a_page(model, ids, tmp_path):
-    found = evaluate(model, model.model.layers[1], "output", SavedSAE(sae_for(16, 8, 1e9), 1.0, "", {}), ids, SPECIAL)
+    found = evaluate(
+        model, model.model.layers[1], "output", SavedSAE(sae_for(16, 8, 1e9), 1.0, "", {}), ids, rows_of(ids)
+    )
     assert (found.l0, found.dead, sum(found.histogram)) == (0, 1, 0)
     write_evaluations(tmp_path, "sae", "site", [found])
     check_page((tmp_path / "evaluation.html").read_text())
@@ -362,7 +377,7 @@ def test_every_architecture(model, ids, architecture):
     recipe = Recipe(architecture=architecture, k=6)
     sae = sae_for(16, 48, recipe=recipe)
     sae = sae_of(recipe, {**sae.parameters, **sae.buffers})
-    found = evaluate(model, model.model.layers[1], "output", SavedSAE(sae, 8.0, "", {}), ids, SPECIAL)
+    found = evaluate(model, model.model.layers[1], "output", SavedSAE(sae, 8.0, "", {}), ids, rows_of(ids))
     assert 0 < found.l0 <= 48 and np.isfinite(found.fvu)
     if architecture == "topk":
         assert found.l0 <= 6

@@ -202,6 +202,11 @@ def test_save_and_load(tmp_path):
 SPECIAL = (0, 1, 2)
 
 
+def rows_of(ids: np.ndarray) -> np.ndarray:
+    """Positions that hold a token of text."""
+    return ~np.isin(ids, SPECIAL)
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -247,7 +252,7 @@ def manual_loss(model, ids, edit):
 def test_evaluation_matches_plain_computation(model, ids):
     saved, _ = trained()
     kept = torch.from_numpy(~np.isin(ids, SPECIAL))
-    found = evaluate(model, *place(model, "layer"), saved, ids, SPECIAL, batch_sequences=2)
+    found = evaluate(model, *place(model, "layer"), saved, ids, rows_of(ids), batch_sequences=2)
     x = model.model(input_ids=torch.from_numpy(ids.astype(np.int64)), output_hidden_states=True).hidden_states[2]
     f = saved.sae.encode(x[kept] / 8)
     xhat = saved.sae.decode(f) * 8
@@ -274,7 +279,7 @@ def test_perfect_reconstruction_costs_exactly_nothing(model, ids, kind):
     sae.W_dec.copy_(torch.cat([torch.eye(16), -torch.eye(16)]))
     sae.W_enc.copy_(sae.W_dec.T)
     sae.threshold.zero_()
-    found = evaluate(model, *place(model, kind), SavedSAE(sae, 1.0, "", {}), ids, SPECIAL)
+    found = evaluate(model, *place(model, kind), SavedSAE(sae, 1.0, "", {}), ids, rows_of(ids))
     assert (found.delta_loss, found.loss_recovered, found.fvu) == (0.0, 1.0, 0.0)
     assert found.ce_zero != found.ce_clean
     assert found.l0 == 16
@@ -305,7 +310,7 @@ def test_streamed_fvu_survives_a_large_mean():
 def test_width_mismatch_is_named(model, ids):
     saved = SavedSAE(init_sae(12, 24, GEMMA_SCOPE), 1.0, "", {})
     with pytest.raises(ActstoreError, match="16 wide, the SAE reads 12"):
-        evaluate(model, *place(model, "layer"), saved, ids, SPECIAL)
+        evaluate(model, *place(model, "layer"), saved, ids, rows_of(ids))
 
 
 def test_config_makes_the_recipe(tmp_path):

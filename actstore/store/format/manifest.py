@@ -17,8 +17,9 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -240,8 +241,11 @@ def head_bytes(head: Head) -> bytes:
     )
 
 
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
 class _WirePart(Sealed, frozen=True):
-    digests: list[str]
+    digests: list[Digest]
     tables: dict[str, str]
     stored: dict[str, stats.Count]
     calibration: dict[str, str]
@@ -256,7 +260,7 @@ class _WireHead(Sealed, frozen=True):
     calibration: dict[str, str]
     stats: dict[str, stats.Wire]
     versions: dict[str, list[str]]
-    fingerprint: str
+    fingerprint: Digest
 
 
 def part_from_bytes(data: bytes, spec: StoreSpec, number: int, where: str) -> Part:

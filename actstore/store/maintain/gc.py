@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actstore.store.format import manifest, record
+from actstore.store.format.sealed import METADATA_LIMIT
 from actstore.store.format.shard import tail, tail_bytes
 from actstore.store.format.spec import EVENTS, GROUP_KEY, ArraySpec, StoreSpec, arrays, calibration_key
 from actstore.store.read.index import committed, read_head, read_part, read_spec
@@ -151,7 +152,9 @@ class _Bucket:
         if seen is not None and seen.size > record.INTENT_BYTES:
             return [], [f"bucket {self.bucket} was committed just now"]
         if seen is not None:  # a damaged object is no intent: it may have been a record
-            data = self.storage.get(record.commit_key(self.bucket), record.INTENT_BYTES)
+            data = self.storage.get(record.commit_key(self.bucket), METADATA_LIMIT)
+            if len(data) > record.INTENT_BYTES:
+                return [], [f"bucket {self.bucket} was committed just now"]
             record.from_bytes(data, self.names.spec, self.bucket)
         newest = seen.modified if seen else self._newest_shard()
         if newest > before:
