@@ -157,7 +157,7 @@ def model_identity(name: str, config: Any, dtype: Precision, attention: str) -> 
 
 
 def versions() -> dict[str, str]:
-    """Those of the libraries that decide the values of a forward pass."""
+    """Versions of the libraries that decide the values of a forward pass."""
     return {"torch": version("torch").partition("+")[0], "transformers": version("transformers")}
 
 

@@ -159,7 +159,7 @@ def same_calibration(known: dict[str, int] | None, found: dict[str, int], what: 
 def fingerprint(
     spec: StoreSpec, buckets: NDArray[np.int64], digests: Sequence[str], calibration: dict[str, int]
 ) -> str:
-    """Hash of spec and content: equal content, equal fingerprint, whoever wrote it in whatever order."""
+    """Hash of spec and content: equal content gives an equal fingerprint, in whatever order it was written."""
     h = hashlib.blake2b(dump(spec.to_json()), digest_size=16)
     h.update(buckets.astype("<i8").tobytes())
     h.update("".join(digests).encode())
@@ -193,7 +193,7 @@ class HeadBuilder:
         self._digests += part.digests
 
     def head(self, buckets: NDArray[np.int64]) -> Head:
-        """The head of a store that has these buckets, those of the parts."""
+        """The head of a store that has these buckets: all buckets of the parts that were added."""
         calibration = self._calibration or {}
         return Head(
             spec=self._spec,

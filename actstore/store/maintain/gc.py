@@ -1,8 +1,8 @@
 """Freeing what dead attempts left behind, without ever touching what is committed or alive.
 
-Garbage is: shards of buckets that nobody committed and nobody has been at for a while, tables that no part of the
-manifest names any more, and, in a directory, old partial files. What has a name that is not the store's is reported
-and left alone.
+Garbage is: shards of buckets that are not committed and on which no attempt has worked for a while, tables that no part
+of the manifest names any more, and, in a directory, old partial files. What has a name that is not the store's is
+reported and left alone.
 
 A bucket with leftovers is first taken over, as an attempt would do it, by compare-and-swap against the intent whose age
 was judged (`write/protocol.py`). From then on the earlier attempt can't commit, however alive it is. gc's intent stays;
