@@ -26,9 +26,9 @@ from actstore.stream.columns import Column, columns_of, parse_device, parse_dtyp
 from actstore.stream.device import DeviceMemory, hand_over
 from actstore.stream.filter import RowFilter, Split, count_rows, max_norms, whole_numbers
 from actstore.stream.filtered import filtered_orders
-from actstore.stream.host import HostMemory, Recycler
+from actstore.stream.memory import HostMemory, Recycler
 from actstore.stream.isolate import IsolatedPipeline
-from actstore.stream.loading import Memory, Reading
+from actstore.stream.source import Memory, Reading
 from actstore.stream.meter import STALL, Meter
 from actstore.stream.order import StreamOrder
 from actstore.stream.pipeline import Pipeline

@@ -10,7 +10,7 @@ import numpy as np
 from actstore.store.format import codec
 from actstore.store.read.store import Store
 from actstore.stream.columns import Column
-from actstore.stream.host import HostMemory, Recycler
+from actstore.stream.memory import HostMemory, Recycler
 from actstore.stream.plan import Fit, Plan
 
 REMEDIES = {

@@ -9,7 +9,7 @@ from collections import deque
 
 import numpy as np
 
-from actstore.stream.tasks import Resident
+from actstore.stream.residency import Resident
 
 SAMPLES = 256
 LEAST_S = 0.1

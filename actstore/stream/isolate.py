@@ -28,7 +28,7 @@ from torch import Tensor
 from actstore import errors
 from actstore.errors import ActstoreError, StreamError
 from actstore.stream.columns import Batch, Column
-from actstore.stream.host import HostMemory, Recycler, as_tensor
+from actstore.stream.memory import HostMemory, Recycler, as_tensor
 from actstore.stream.meter import Meter
 
 POLL_S = 0.1

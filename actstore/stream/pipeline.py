@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from actstore.errors import ActstoreError, StreamError
 from actstore.store.read.store import Store
-from actstore.stream.loading import POLL_S, Loader, Memory, Reading
+from actstore.stream.source import POLL_S, Loader, Memory, Reading
 from actstore.stream.meter import Meter
 from actstore.stream.order import StreamOrder
-from actstore.stream.tasks import Draft
+from actstore.stream.residency import Draft
 
 PART = 512
 """Rows that one thread gathers at a time."""

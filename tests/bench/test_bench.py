@@ -21,7 +21,7 @@ from actstore.bench.peers.source import write_source
 from actstore.bench.storage import knee
 from actstore.store.format import codec
 from actstore.store.storage import LocalStorage
-from actstore.stream import host
+from actstore.stream import memory
 
 ROOT = Path(__file__).parent.parent.parent
 PAUSE_S = 0.005

@@ -303,7 +303,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, seconds: float
 @pytest.mark.parametrize("fetchers", [None, 2])
 @pytest.mark.parametrize("stage", ["fetch", "decode", "gather", "consumer"])
 def test_the_bound_is_named(known: Known, stage: str, fetchers: int | None, monkeypatch: Any, caplog: Any) -> None:
-    from actstore.stream import host
+    from actstore.stream import memory
 
     if stage == "fetch":
         slow(monkeypatch, LocalStorage, "get_range", 0.01)

@@ -27,7 +27,7 @@ from actstore.stream.columns import Column
 from actstore.stream.hedge import Hedge
 from actstore.stream.meter import Meter
 from actstore.stream.order import StreamOrder
-from actstore.stream.tasks import Resident, SlotTask, first_use_order
+from actstore.stream.residency import Resident, SlotTask, first_use_order
 
 log = logging.getLogger("actstore.stream")
 
