@@ -11,6 +11,7 @@ keys up to 1,000 standard deviations off at n = 8; with 16 within 3 for every n 
 """
 
 import hashlib
+from typing import Final
 
 import numba
 import numpy as np
@@ -25,6 +26,7 @@ _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _ONE = np.uint64(1)
+_BLOCK: Final = 256
 
 
 def key(seed: int, *parts: int | str) -> int:
@@ -44,36 +46,71 @@ def _mix(z: np.uint64) -> np.uint64:
 
 
 @numba.njit(nogil=True, cache=True)
-def _walk(index: NDArray[np.uint64], n: np.uint64, key: np.uint64, inverse: bool, out: NDArray[np.int64]) -> None:  # noqa: FBT001  compiled functions take no keywords
+def round_keys(n: np.uint64, key: np.uint64) -> NDArray[np.uint64]:
+    """The keys of the rounds of the permutation of [0, n) under `key`, and before them the bits of its domain."""
     bits = np.uint64(1)
     while (_ONE << bits) < n:
         bits += _ONE
-    low = bits >> _ONE
-    high = bits - low
     rounds = SMALL_DOMAIN_ROUNDS if bits <= np.uint64(SMALL_DOMAIN_BITS) else ROUNDS
-    round_keys = np.empty(rounds, np.uint64)
+    found = np.empty(rounds + 1, np.uint64)
+    found[0] = bits
     for r in range(rounds):
-        round_keys[r] = _mix(key + np.uint64(r + 1) * _GAMMA)
+        found[r + 1] = _mix(key + np.uint64(r + 1) * _GAMMA)
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def walk(x: np.uint64, n: np.uint64, keys: NDArray[np.uint64], inverse: bool) -> np.uint64:  # noqa: FBT001  compiled functions take no keywords
+    """Where the permutation of [0, n) with these `round_keys` sends x, or whence it comes."""
+    low = keys[0] >> _ONE
+    high = keys[0] - low
+    while True:
+        # left holds `a` bits, right holds `b` bits; the widths swap with every round
+        a, b = high, low
+        left, right = x >> b, x & ((_ONE << b) - _ONE)
+        if not inverse:
+            for r in range(1, keys.shape[0]):
+                f = _mix(right + keys[r]) & ((_ONE << a) - _ONE)
+                left, right = right, left ^ f
+                a, b = b, a
+        else:
+            for r in range(keys.shape[0] - 1, 0, -1):
+                a, b = b, a
+                f = _mix(left + keys[r]) & ((_ONE << a) - _ONE)
+                left, right = right ^ f, left
+        x = (left << b) | right
+        if x < n:
+            return x
+
+
+@numba.njit(nogil=True, cache=True)
+def _walk_all(index: NDArray[np.uint64], n: np.uint64, key: np.uint64, inverse: bool, out: NDArray[np.int64]) -> None:  # noqa: FBT001  compiled functions take no keywords
+    keys = round_keys(n, key)
     for i in range(index.shape[0]):
-        x = index[i]
-        while True:
-            # left holds `a` bits, right holds `b` bits; the widths swap with every round
-            a, b = high, low
-            left, right = x >> b, x & ((_ONE << b) - _ONE)
-            if not inverse:
-                for r in range(rounds):
-                    f = _mix(right + round_keys[r]) & ((_ONE << a) - _ONE)
-                    left, right = right, left ^ f
-                    a, b = b, a
-            else:
-                for r in range(rounds - 1, -1, -1):
-                    a, b = b, a
-                    f = _mix(left + round_keys[r]) & ((_ONE << a) - _ONE)
-                    left, right = right ^ f, left
-            x = (left << b) | right
-            if x < n:
-                break
-        out[i] = np.int64(x)
+        out[i] = np.int64(walk(index[i], n, keys, inverse))
+
+
+@numba.njit(nogil=True, cache=True)
+def walk_range(first: int, n: np.uint64, keys: NDArray[np.uint64], out: NDArray[np.int64]) -> None:
+    """`walk` of first, first + 1, ... into `out`: rounds outside, so that a block goes through them as vectors."""
+    low = keys[0] >> _ONE
+    high = keys[0] - low
+    left, right = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
+    for start in range(0, out.shape[0], _BLOCK):
+        size = min(_BLOCK, out.shape[0] - start)
+        for i in range(size):
+            x = np.uint64(first + start + i)
+            left[i], right[i] = x >> low, x & ((_ONE << low) - _ONE)
+        a, b = high, low
+        for r in range(1, keys.shape[0]):
+            mask = (_ONE << a) - _ONE
+            for i in range(size):
+                f = _mix(right[i] + keys[r]) & mask
+                left[i], right[i] = right[i], left[i] ^ f
+            a, b = b, a
+        for i in range(size):
+            x = (left[i] << b) | right[i]
+            out[start + i] = np.int64(x if x < n else walk(x, n, keys, False))
 
 
 def _apply(index: NDArray[np.integer] | int, n: int, key: int, *, inverse: bool) -> NDArray[np.int64]:
@@ -84,7 +121,7 @@ def _apply(index: NDArray[np.integer] | int, n: int, key: int, *, inverse: bool)
     if low < 0 or high >= n:
         raise ValueError(f"indices must lie in [0, {n}), got {low}..{high}")
     out = np.empty(flat.shape[0], np.int64)
-    _walk(flat.astype(np.uint64), np.uint64(n), np.uint64(key), inverse, out)
+    _walk_all(flat.astype(np.uint64), np.uint64(n), np.uint64(key), inverse, out)
     return out
 
 

@@ -29,6 +29,12 @@ LONGEST = ("test_demo.py", "test_cluster.py", "test_readme.py", "test_trainer_sy
 torch.set_num_threads(1)  # the models here are so small that threads only get in each other's way
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept in the user's cache is of this run alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

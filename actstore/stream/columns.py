@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ HOST_TYPES = {torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.fl
 class Column:
     """One array that is loaded."""
 
+    name: str
     index: ArrayIndex
     calibration: Calibration | None
     deliver: bool
@@ -39,12 +41,17 @@ class Column:
     factor: float = 1.0
     """What values are multiplied by."""
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of one row."""
         return self.index.array.shape[1:]
 
-    @property
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Of a decoded chunk."""
+        return self.index.array.chunk_bytes
+
+    @cached_property
     def raw(self) -> bool:
         """Whether rows are delivered as they are stored (`fixed`: as bf16)."""
         return self.factor == 1.0 and self.dtype == natural_dtype(self.index)
@@ -54,7 +61,7 @@ class Column:
         """Bytes of a delivered row."""
         return int(np.prod(self.shape)) * self.host_type.itemsize
 
-    @property
+    @cached_property
     def host_type(self) -> np.dtype[Any]:
         """Type of a batch in numpy's memory."""
         return HOST_TYPES.get(self.dtype, np.dtype(np.int32))
@@ -77,6 +84,7 @@ def columns_of(
     for name in dict.fromkeys((*delivered, *filtered)):
         index, site = store.index.arrays[name], name in store.sites
         found[name] = Column(
+            name=name,
             index=index,
             calibration=store.calibration(name) if name in store.index.calibration else None,
             deliver=name in delivered,

@@ -7,7 +7,9 @@ use it bare or in `DataLoader(ds, batch_size=None)`, never with several worker p
 
 import logging
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
@@ -20,19 +22,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from actstore.errors import StreamError, mismatch, warn
 from actstore.store.format.spec import PROVENANCE_ARRAYS
-from actstore.store.read.store import Store, open_store
+from actstore.store.read.store import Store, open_store, reopen
 from actstore.stream import explain, plan, ranks
 from actstore.stream.columns import Column, columns_of, parse_device, parse_dtype
+from actstore.stream.counts import count_rows
 from actstore.stream.device import DeviceMemory, hand_over
-from actstore.stream.filter import RowFilter, Split, count_rows, max_norms, whole_numbers
+from actstore.stream.filter import RowFilter, Split, max_norms, whole_numbers
 from actstore.stream.filtered import filtered_orders
-from actstore.stream.memory import HostMemory, Recycler
-from actstore.stream.isolate import IsolatedPipeline
-from actstore.stream.source import Memory, Reading
+from actstore.stream.isolate import IsolatedPipeline, IsolatedProcess
+from actstore.stream.memory import HostMemory, Memory, Recycler
 from actstore.stream.meter import STALL, Meter
 from actstore.stream.order import StreamOrder
-from actstore.stream.pipeline import Pipeline
+from actstore.stream.pipeline import Pipeline, Reading
 from actstore.stream.plan import Plan
+from actstore.stream.residency import Share
+from actstore.stream.source import Maps, Source, Verify, maps_for
 
 log = logging.getLogger("actstore.stream")
 
@@ -42,6 +46,18 @@ WARN_AFTER_S = 10.0
 WARN_AFTER_BATCHES = 20
 """And batches: the first one always takes a while."""
 Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+_LIVE: "weakref.WeakSet[ActivationDataset]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for dataset in list(_LIVE):
+        dataset.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 class ActivationDataset(IterableDataset[Any]):
@@ -83,6 +99,7 @@ class ActivationDataset(IterableDataset[Any]):
         isolate: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         skip_chunks: int = 16,
+        verify: Verify = "once",
         replay: bool = False,
     ) -> None:
         """Plan the reading of a store; only metadata is read yet, and with a filter the columns that it looks at.
@@ -120,6 +137,8 @@ class ActivationDataset(IterableDataset[Any]):
             on_error: "skip" goes on without chunks that can't be read, and counts them in `stats()`; their rows are
                 missing from their batches.
             skip_chunks: chunks an epoch that "skip" may leave out before it raises.
+            verify: "once" checks a chunk of a local file the first time that it is loaded, "every" each time; what
+                arrives from an object store is always checked.
             replay: read a few batches once and repeat these very tensors for the rest of the epoch: the rate of a
                 trainer that never waits. Don't change them.
 
@@ -129,7 +148,7 @@ class ActivationDataset(IterableDataset[Any]):
 
         """
         super().__init__()
-        self.store = url if isinstance(url, Store) else open_store(url)
+        self._store, self._snapshot = url if isinstance(url, Store) else open_store(url), None
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         self._single = isinstance(sites, str) and not with_rows
         self._given_rank = (rank, world_size)
@@ -164,6 +183,10 @@ class ActivationDataset(IterableDataset[Any]):
         if prefetch < 1:
             raise ValueError(f"prefetch is {prefetch}, expected at least 1")
         self._prefetch, self._budget, self._replay = prefetch, memory_budget, replay
+        if verify not in ("once", "every"):
+            raise ValueError(f"verify is {verify!r}, expected 'once' or 'every'")
+        self._verify: Verify = verify
+        self._orders: tuple[int, Mapping[int, StreamOrder]] | None = None
         self._device = parse_device(device)
         self._isolate = isolate
         if isolate and self.store.url.startswith("memory://"):
@@ -172,14 +195,32 @@ class ActivationDataset(IterableDataset[Any]):
             raise ValueError("isolate needs Linux, whose shared memory can do without a name")
         self._epoch, self._step, self._resume = epoch, 0, False
         self.set_epoch(epoch)
-        self.meter, self._recycler = Meter(), Recycler()
+        self.meter, self.recycler = Meter(), Recycler(self._prefetch + 2)
         self._pipeline: Pipeline | IsolatedPipeline | None = None
-        self._pid, self._warned = os.getpid(), False
+        self._process: IsolatedProcess | None = None
+        self._warned = False
         self._fingerprint_state = self._plan.to_json()
         plan.check_rows(self._plan, self.rows)
         self._fit()
+        _LIVE.add(self)
         for line in self.store.remarks(self.sites):
             warn(f"{self.store.url}: {line}")
+
+    @property
+    def store(self) -> Store:
+        """The store, as it was when the dataset was made; a forked child opens it anew."""
+        if self._snapshot is not None:
+            self._store, self._snapshot = reopen(self._snapshot), None
+        return self._store
+
+    def forget(self) -> None:
+        """In a forked child: threads, locks and most clients of object stores are the parent's."""
+        self._snapshot = self._snapshot or self._store.snapshot()
+        if self._process is not None:
+            self._process.abandon()
+        self._pipeline, self._process = None, None
+        self.meter, self.recycler = Meter(), Recycler(self._prefetch + 2)
+        self.__dict__.pop("_maps", None)
 
     def _sites_to_clean(self) -> tuple[str, ...]:
         """Sites that are read and have rows with NaN or infinity."""
@@ -218,14 +259,38 @@ class ActivationDataset(IterableDataset[Any]):
         )
 
     def _needs(self) -> plan.Needs:
-        columns, world = self.columns.values(), self._place()[1]
-        return plan.needs(
-            self._plan,
-            self._geometry,
-            world,
-            chunk=sum(c.index.array.chunk_bytes for c in columns),
-            row=sum(c.row_bytes for c in columns if c.deliver),
+        columns, world = self.columns, self._place()[1]
+        placed = [c for n, c in columns.items() if n not in self.mapped]
+        pieces = [self._order(self._epoch, s).pieces for s in self._streams()]
+        filtered = None if self._counts is None else int(np.count_nonzero(self._counts))
+        least, kept = plan.chunks_needed(self._plan, pieces, filtered)
+        return plan.Needs(
+            chunk=sum(c.chunk_bytes for c in placed),
+            read=0 if self._maps is not None else sum(c.chunk_bytes for c in columns.values()),
+            batch=sum(c.row_bytes for c in columns.values() if c.deliver) * self._batch_rows(),
+            least=least,
+            kept=kept,
+            streams=self._plan.streams // world,
+            chunks=sum(pieces),
         )
+
+    @cached_property
+    def _maps(self) -> Maps | None:
+        return maps_for(self.store, self._verify)
+
+    @cached_property
+    def mapped(self) -> frozenset[str]:
+        """Columns whose chunks are used where they lie."""
+        return frozenset(n for n, c in self.columns.items() if self._maps is not None and c.index.array.codec == "none")
+
+    def _batch_rows(self) -> int:
+        """Rows of this rank's largest batch."""
+        world = self._place()[1]
+        return self._plan.batch_size // world + (0 if self._plan.drop_last else self._plan.streams // world)
+
+    def _streams(self) -> tuple[int, ...]:
+        rank, world = self._place()
+        return tuple(range(rank, self._plan.streams, world))
 
     def _fit(self) -> plan.Fit:
         return plan.fit(
@@ -240,9 +305,13 @@ class ActivationDataset(IterableDataset[Any]):
         """Batches of an epoch, the same on every rank."""
         return plan.steps(self._plan, self.rows)
 
-    def _orders(self, epoch: int) -> Mapping[int, StreamOrder]:
-        p, (rank, world) = self._plan, self._place()
-        mine = tuple(range(rank, p.streams, world))
+    def _order(self, epoch: int, stream: int) -> StreamOrder:
+        if self._orders is None or self._orders[0] != epoch:
+            self._orders = epoch, self._orders_of(epoch)
+        return self._orders[1][stream]
+
+    def _orders_of(self, epoch: int) -> Mapping[int, StreamOrder]:
+        p = self._plan
         keys: dict[str, Any] = {
             "seed": p.seed,
             "epoch": epoch,
@@ -251,68 +320,89 @@ class ActivationDataset(IterableDataset[Any]):
             "shuffle": p.shuffle,
         }
         if self._counts is None:
-            return {s: StreamOrder(self._geometry, stream=s, **keys) for s in mine}
-        return filtered_orders(self._geometry, self._counts, mine, **keys)
+            return {s: StreamOrder(self._geometry, stream=s, **keys) for s in self._streams()}
+        return filtered_orders(self._geometry, self._counts, self._streams(), **keys)
 
     def pipeline(self, memory: Callable[[Mapping[str, Column], int], Memory], *, epoch: int, step: int) -> Pipeline:
         """A pipeline for the rest of an epoch; `memory` makes its memory for columns and a number of buffers."""
         columns, fit = self.columns, self._fit()
-        reading = Reading(
+        share = Share(
             columns=columns,
             where=self._plan.where,
-            orders=self._orders(epoch),
-            step=step,
+            streams=self._streams(),
+            order=lambda lap, stream: self._order(epoch + lap, stream),
             steps=len(self),
-            rows_per_step=self._plan.batch_size // self._plan.streams,
-            mix=self._plan.mix,
+            rows=self._plan.batch_size // self._plan.streams,
+            whole=not self._plan.drop_last,
+            buffers=fit.buffers,
             keep=fit.keep,
+        )
+        reading = Reading(
+            shares=(share,),
+            steps=range(step, len(self)),
+            batch_rows=self._batch_rows(),
             workers=self._workers,
             fetchers=self._fetchers,
-            buffers=fit.buffers,
             prefetch=self._prefetch,
             skip_chunks=self._skip_chunks,
         )
-        return Pipeline(self.store, reading, memory(columns, fit.buffers), self.meter)
+        stopping = threading.Event()
+        source = Source(self.store, self._maps, stopping)
+        return Pipeline((source,), reading, (memory(columns, fit.buffers),), self.meter, stopping)
 
     def __iter__(self) -> Iterator[Any]:
         """One epoch, or the rest of one after `load_state_dict`; the epoch then advances."""
         worker = get_worker_info()
-        if worker is not None and worker.num_workers > 1:
+        if worker is not None:
             raise StreamError(
-                f"num_workers is {worker.num_workers}; the loader has threads of its own, use num_workers=0"
+                f"num_workers is {worker.num_workers}; the loader has threads of its own and its state is this "
+                "process's: use DataLoader(ds, batch_size=None, num_workers=0), or isolate=True for another process"
             )
         ranks.refuse_accelerate(self._place()[1])
         plan.check(self._plan, self.store, self._place()[1])
-        if os.getpid() != self._pid:
-            # Threads and most object-store clients do not survive a fork; start afresh in the child.
-            self._pipeline, self.meter, self._recycler, self._pid = None, Meter(), Recycler(), os.getpid()
-            self.store = open_store(self.store.url)
+        return self._replayed() if self._replay else self._batches()
+
+    def _start(self) -> Pipeline | IsolatedPipeline:
+        """Begin to read where the dataset stands: only when the first batch is asked for, so nothing is left behind."""
         self._stop()
         if not self._resume:
             self._step = 0
         self._resume = False
-        self._pipeline = self._start()
-        return self._replayed(self._pipeline) if self._replay else self._batches(self._pipeline)
+        self._pipeline = self._begin()
+        return self._pipeline
 
-    def _start(self) -> Pipeline | IsolatedPipeline:
+    def _begin(self) -> Pipeline | IsolatedPipeline:
         position = {"epoch": self._epoch, "step": self._step}
         if self._isolate:
-            rank, world = self._place()
-            return IsolatedPipeline(
-                self._settings() | {"position": position, "rank": rank, "world_size": world},
-                self.columns,
-                rows=self._plan.batch_size // self._place()[1],
-                prefetch=self._prefetch,
-                meter=self.meter,
-                recycler=self._recycler,
-            )
+            return self._isolated().begin(**position)
         if self._device is not None:
             device = self._device
             return self.pipeline(lambda columns, buffers: DeviceMemory(columns, buffers, device), **position)
-        recycler = self._recycler
-        return self.pipeline(lambda columns, buffers: HostMemory(columns, buffers, recycler), **position)
+        recycler, mapped = self.recycler, self.mapped
+        return self.pipeline(lambda columns, buffers: HostMemory(columns, buffers, recycler, mapped=mapped), **position)
 
-    def _batches(self, pipeline: Pipeline | IsolatedPipeline) -> Iterator[Any]:
+    def _isolated(self) -> IsolatedProcess:
+        """The process that runs the pipelines, started for the first one."""
+        if self._process is None or not self._process.alive:
+            rank, world = self._place()
+            self._end_process()
+            self._process = IsolatedProcess(
+                self._settings() | {"store": self.store.snapshot(), "rank": rank, "world_size": world},
+                self.columns,
+                rows=self._batch_rows(),
+                prefetch=self._prefetch,
+                meter=self.meter,
+                recycler=self.recycler,
+            )
+        return self._process
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def _batches(self) -> Iterator[Any]:
+        pipeline = self._start()
         steps, began, before = len(self), time.perf_counter(), self.meter.elapsed_s
         try:
             while (batch := pipeline.next()) is not None:
@@ -328,8 +418,9 @@ class ActivationDataset(IterableDataset[Any]):
         if self._step == steps:
             self._epoch, self._step = self._epoch + 1, 0
 
-    def _replayed(self, pipeline: Pipeline | IsolatedPipeline) -> Iterator[Any]:
+    def _replayed(self) -> Iterator[Any]:
         """The first batches of the epoch, again and again until its end."""
+        pipeline = self._start()
         steps, resident = len(self), []
         try:
             while len(resident) < self._prefetch and (batch := pipeline.next()) is not None:
@@ -346,7 +437,7 @@ class ActivationDataset(IterableDataset[Any]):
             batch = hand_over(batch)
         elif self._device is not None:
             batch = {n: t.to(self._device, non_blocking=True) for n, t in batch.items()}
-        self.meter.add(delivered_bytes=sum(t.nbytes for t in batch.values()))
+        self.meter.delivered_bytes += sum(t.nbytes for t in batch.values())
         return batch[self.sites[0]] if self._single else batch
 
     def _watch(self) -> None:
@@ -393,6 +484,9 @@ class ActivationDataset(IterableDataset[Any]):
         if state.get("version") != STATE_VERSION:
             raise StreamError(f"state version is {state.get('version')!r}, expected {STATE_VERSION}")
         here = self._fingerprint_state
+        missing = {"plan", "epoch", "step"} - state.keys()
+        if missing:
+            raise StreamError(f"the state lacks {', '.join(sorted(missing))}; expected what state_dict() returned")
         if state["plan"] != here:
             remedy = "Open the dataset with the settings of the state, or start without it."
             raise mismatch("the reading plan of this state", state["plan"], here, remedy)
@@ -409,14 +503,15 @@ class ActivationDataset(IterableDataset[Any]):
         states of the old plan are refused. Never happens by itself.
         """
         settings: dict[str, Any] = self._settings() | {"replay": self._replay, "device": self._device}
-        fresh = ActivationDataset(**settings)
+        fresh = ActivationDataset(self.store.url, **settings)
         gained = fresh.rows - self.rows
         if fresh.store.fingerprint != self.store.fingerprint:
             self._stop()
+            self._end_process()
             epoch = self._epoch + (self._step > 0)
-            meter, recycler, isolate = self.meter, self._recycler, self._isolate
+            meter, recycler, isolate = self.meter, self.recycler, self._isolate
             self.__dict__.update(fresh.__dict__)
-            self._epoch, self.meter, self._recycler, self._isolate = epoch, meter, recycler, isolate
+            self._epoch, self.meter, self.recycler, self._isolate = epoch, meter, recycler, isolate
         return gained
 
     def stats(self) -> dict[str, Any]:
@@ -425,7 +520,10 @@ class ActivationDataset(IterableDataset[Any]):
         Seconds by stage (summed over threads), bytes, chunks, batches, requests, retries, hedges, skips; `stall`, the
         share of its time that the consumer waited, and the `bound` that says why; depths of the queues right now.
         """
-        waiting = self._pipeline.waiting if self._pipeline is not None else {}
+        waiting: dict[str, int] = {}
+        if self._pipeline is not None:
+            self._pipeline.count_retries()
+            waiting = self._pipeline.waiting
         return {**self.meter.figures(), "bound": self._bound(), **waiting}
 
     def explain(self, *, probe: bool = True, price_gets: float = 0.0004, price_gb: float = 0.0) -> dict[str, Any]:
@@ -457,7 +555,9 @@ class ActivationDataset(IterableDataset[Any]):
     def close(self) -> None:
         """Stop all threads and let go of the memory; iterating again takes new ones."""
         self._stop()
-        self._recycler = Recycler()
+        self._end_process()
+        self.recycler = Recycler(self._prefetch + 2)
+        self.__dict__.pop("_maps", None)
 
     def _stop(self) -> None:
         if self._pipeline is not None:
@@ -478,7 +578,6 @@ class ActivationDataset(IterableDataset[Any]):
         """Arguments, as JSON values, that make this dataset again in another process, without device and isolation."""
         p, w = self._plan, self._plan.where
         return {
-            "url": self.store.url,
             "sites": self.sites[0] if len(self.sites) == 1 and self._single else list(self.sites),
             "batch_size": p.batch_size,
             "seed": p.seed,
@@ -502,6 +601,7 @@ class ActivationDataset(IterableDataset[Any]):
             "prefetch": self._prefetch,
             "on_error": "skip" if self._skip_chunks else "raise",
             "skip_chunks": self._skip_chunks,
+            "verify": self._verify,
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -511,13 +611,11 @@ class ActivationDataset(IterableDataset[Any]):
             "settings": self._settings() | more,
             "single": self._single,
             "position": (self._step, self._resume),
-            "store": self._plan.store,
+            "store": self.store.snapshot(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Reopen the store."""
-        self.__init__(**state["settings"])
+        """Open the store as it was, whatever has been committed since."""
+        self.__init__(reopen(state["store"]), **state["settings"])
         self._single = state["single"]
         self._step, self._resume = state["position"]
-        if self.store.fingerprint != state["store"]:
-            raise StreamError(f"the store at {self.store.url} changed while the dataset was sent to another process")

@@ -45,6 +45,7 @@ class DeviceMemory:
         self._cuda = device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
         self._local = threading.local()
+        self._order = threading.Lock()
         self._pool = {
             n: torch.empty((buffers, c.index.array.chunk_bytes), dtype=torch.uint8, device=device)
             for n, c in columns.items()
@@ -82,6 +83,15 @@ class DeviceMemory:
             done.record(self._stream)
         done.synchronize()
 
+    def take(self, name: str, buffer: int, chunk: NDArray[np.uint8]) -> None:
+        """Copy a chunk by way of the calling thread's pinned memory."""
+        np.copyto(self.chunk(name, buffer), chunk)
+        self.loaded(name, buffer)
+
+    def held(self, name: str, buffer: int) -> NDArray[np.uint8]:
+        """See `Memory`."""
+        return self.chunk(name, buffer)
+
     def batch(self, rows: int) -> DeviceBatch:
         """The memory of a batch."""
         if not self._cuda:
@@ -100,7 +110,7 @@ class DeviceMemory:
         if not self._cuda:
             self._gather(batch, start, torch.from_numpy(buffer), torch.from_numpy(row))
             return
-        with torch.cuda.stream(self._stream):
+        with self._order, torch.cuda.stream(self._stream):
             index = torch.from_numpy(np.stack([buffer, row])).pin_memory().to(self._device, non_blocking=True)
             self._gather(batch, start, index[0], index[1])
             batch.ready = torch.cuda.Event()

@@ -72,7 +72,7 @@ def _expected(store: Store, columns: Mapping[str, Column], threads: tuple[int, i
     workers, fetchers = threads
     present = np.argwhere(next(iter(columns.values())).index.chunks > 0)
     chosen = present[np.linspace(0, len(present) - 1, min(PROBE_CHUNKS, len(present))).astype(int)]
-    memory = HostMemory(columns, len(chosen), Recycler())
+    memory = HostMemory(columns, len(chosen), Recycler(2))
     spots = [
         (n, i, c.index.locate(int(p), int(store.index.buckets[p]), int(k)))
         for i, (p, k) in enumerate(chosen)

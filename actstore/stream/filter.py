@@ -2,15 +2,13 @@
 
 A filter is a pure function of a row's provenance (position, token id, sequence) and, for `max_norm`, of its values;
 the held-out split is one of the sequence alone, so that no text is on both sides. Batches stay full and the order
-exact because the rows that pass are counted first, chunk by chunk: `count_rows` reads the provenance columns once (a
-few bytes a row against thousands), or, for `max_norm`, the site itself, which costs as much as an epoch of reading.
+exact because the rows that pass are counted first, chunk by chunk (`counts.py`).
 """
 
 import math
 import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +23,8 @@ from actstore.store.format.bits import wide
 from actstore.store.format.fixed import Calibration
 from actstore.store.format.spec import BITS
 from actstore.store.read.store import Store
+from actstore.stream.columns import Column
+from actstore.stream.order import Piece
 
 Split = Literal["train", "held_out"]
 _HELD_OUT_KEY = keyed.key(0, "held-out")
@@ -152,89 +152,36 @@ def dropped(
     return found
 
 
+def kept_of_chunk(
+    store: Store,
+    where: RowFilter,
+    columns: Mapping[str, Column],
+    held: Mapping[str, NDArray[np.uint8]],
+    piece: Piece,
+) -> NDArray[np.int64]:
+    """Rows of a chunk that pass, from the filter's columns as they were decoded; StreamError if they were more once."""
+    spec, bucket = store.spec, int(store.index.buckets[piece.place])
+    first, stop = spec.bucket_range(bucket)
+    rows = min(spec.chunk_rows, stop - first - piece.chunk * spec.chunk_rows)
+    decoded: dict[str, NDArray[Any]] = {}
+    for name in where.columns:
+        array = columns[name].index.array
+        elements = codec.merge(held[name], array.codec, element_type(store, name))
+        decoded[name] = elements.reshape(-1, *array.shape[1:])[:rows]
+    calibrations = {n: c.calibration for n, c in columns.items() if c.calibration is not None}
+    found = np.flatnonzero(kept(where, decoded, first + piece.chunk * spec.chunk_rows, calibrations))
+    if len(found) < piece.start + piece.rows:
+        raise StreamError(
+            f"{store.url}: {len(found)} rows of chunk {piece.chunk} of bucket {bucket} pass the filter, "
+            f"{piece.start + piece.rows} were counted; the store changed, open it again"
+        )
+    return found
+
+
 def element_type(store: Store, name: str) -> np.dtype[Any]:
     """How the decoded elements of an array are looked at: bf16 as its bits."""
     dtype = store.index.arrays[name].array.dtype
     return BITS if dtype.name == "bfloat16" else dtype
-
-
-def chunk_sizes(store: Store) -> NDArray[np.int64]:
-    """Rows of every chunk [committed buckets, chunks per bucket]."""
-    spec = store.spec
-    held = spec.bucket_sizes(store.index.buckets)[:, None]
-    first = np.arange(spec.bucket_rows // spec.chunk_rows) * spec.chunk_rows
-    return np.clip(held - first[None, :], 0, spec.chunk_rows)
-
-
-def count_rows(store: Store, where: RowFilter, *, threads: int) -> NDArray[np.int64]:
-    """Rows of every chunk that pass [committed buckets, chunks per bucket]; reads the filter's columns once.
-
-    Raises `StreamError` if no row passes, or if `drop_positions` or `drop_tokens` leaves out nothing: the store does
-    not know positions or token ids, or has no row of this kind.
-    """
-    sizes = chunk_sizes(store)
-    counts = np.zeros_like(sizes)
-    spec = store.spec
-    per_shard = spec.shard_rows // spec.chunk_rows
-    calibrations = {s: store.calibration(s) for s, _ in where.max_norm if s in store.index.calibration}
-
-    known, matched = set[str](), set[str]()  # columns with a value, rules that left something out
-
-    def count(shard: tuple[int, int]) -> None:
-        place, first_chunk = shard
-        chunks = [c for c in range(first_chunk, min(first_chunk + per_shard, sizes.shape[1])) if sizes[place, c]]
-        columns = {n: _shard_chunks(store, n, place, chunks) for n in where.columns}
-        for i, c in enumerate(chunks):
-            rows = int(sizes[place, c])
-            first = int(store.index.buckets[place]) * spec.bucket_rows + c * spec.chunk_rows
-            here = {n: v[i][:rows] for n, v in columns.items()}
-            known.update(n for n in ("position", "token_id") if n in here and (here[n] >= 0).any())
-            out = dropped(where, here, first, calibrations)
-            matched.update(rule for rule, mask in out.items() if mask.any())
-            counts[place, c] = rows - np.count_nonzero(np.logical_or.reduce(list(out.values())))
-
-    shards = ((p, c) for p in range(len(sizes)) for c in range(0, sizes.shape[1], per_shard) if sizes[p, c])
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in _batches(shards, 64 * threads):
-            list(pool.map(count, batch))
-    for column, rule, values in (("position", "drop_positions", where.drop_positions),
-                                 ("token_id", "drop_tokens", where.drop_tokens)):  # fmt: skip
-        if values and rule not in matched:
-            why = (
-                f"no row has one of {list(values)}" if column in known else f"the store holds no {column} for its rows"
-            )
-            raise StreamError(f"{store.url}: {rule} leaves out nothing, because {why}; leave the filter out")
-    if not counts.any():
-        raise StreamError(f"none of the {int(sizes.sum()):,} rows of {store.url} passes the filter {where}; loosen it")
-    return counts
-
-
-def _batches(items: Iterator[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    batch: list[tuple[int, int]] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    yield batch
-
-
-def _shard_chunks(store: Store, name: str, place: int, chunks: list[int]) -> list[NDArray[Any]]:
-    """Chunks of one shard, decoded [chunk_rows, ...], from one read."""
-    where = store.index.arrays[name]
-    array, bucket = where.array, int(store.index.buckets[place])
-    at = [where.locate(place, bucket, c) for c in chunks]
-    start, stop = at[0].offset, at[-1].offset + at[-1].length
-    data = memoryview(store.storage.get_range(at[0].key, start, stop - start))
-    found: list[NDArray[Any]] = []
-    for a in at:
-        decoded = np.empty(array.chunk_bytes, np.uint8)
-        piece = data[a.offset - start : a.offset - start + a.length]
-        codec.decode_into(
-            piece, array.codec, decoded, f"{store.url}/{a.key} chunk at byte {a.offset}", committed=a.crc32c
-        )
-        found.append(codec.merge(decoded, array.codec, element_type(store, name)).reshape(-1, *array.shape[1:]))
-    return found
 
 
 def whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:

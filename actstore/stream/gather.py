@@ -6,48 +6,56 @@ has it (there in float64, whose own rounding differs once in 2^29 values, by the
 without the GIL; on bf16 rows of 2304 0.74 of a plain copy on one core (`benchmarks/io.md`).
 """
 
-import math
 from typing import Any, Final
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from actstore.store.format.bits import bf16_bits, fused, wide
 from actstore.store.format.fixed import Calibration
+from actstore.store.format.spec import ArraySpec
 
 _BLOCK: Final = 64
 """Rows converted at a time."""
+_Integers = NDArray[np.int64]
+
+
+@intrinsic
+def _pointer(_context: Any, address: Any) -> Any:
+    """The bytes at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint8)(address), generate
+
+
+@numba.njit(nogil=True, inline="always")
+def _bytes_at(address: int, n: int) -> NDArray[np.uint8]:
+    return numba.carray(_pointer(address), (n,))  # pyright: ignore[reportCallIssue]  numba passes the context
 
 
 @numba.njit(nogil=True, cache=True)
-def _planes2(
-    pool: NDArray[np.uint8], buffer: NDArray[np.int64], row: NDArray[np.int64], out: NDArray[np.uint16]
-) -> None:
+def _planes2(address: _Integers, buffer: _Integers, row: _Integers, rows: int, out: NDArray[np.uint16]) -> None:
     d = out.shape[1]
-    half = pool.shape[1] // 2
     for i in range(out.shape[0]):
-        start = row[i] * d
-        low = pool[buffer[i], start : start + d]
-        high = pool[buffer[i], half + start : half + start + d]
-        target = out[i]
+        start = address[buffer[i]] + row[i] * d
+        low, high, target = _bytes_at(start, d), _bytes_at(start + rows * d, d), out[i]
         for k in range(d):
             target[k] = np.uint16(low[k]) | (np.uint16(high[k]) << np.uint16(8))
 
 
 @numba.njit(nogil=True, cache=True)
-def _planes4(
-    pool: NDArray[np.uint8], buffer: NDArray[np.int64], row: NDArray[np.int64], out: NDArray[np.uint32]
-) -> None:
+def _planes4(address: _Integers, buffer: _Integers, row: _Integers, rows: int, out: NDArray[np.uint32]) -> None:
     d = out.shape[1]
-    quarter = pool.shape[1] // 4
+    plane = rows * d
     for i in range(out.shape[0]):
-        start = row[i] * d
-        b = pool[buffer[i]]
-        p0 = b[start : start + d]
-        p1 = b[quarter + start : quarter + start + d]
-        p2 = b[2 * quarter + start : 2 * quarter + start + d]
-        p3 = b[3 * quarter + start : 3 * quarter + start + d]
+        start = address[buffer[i]] + row[i] * d
+        p0, p1 = _bytes_at(start, d), _bytes_at(start + plane, d)
+        p2, p3 = _bytes_at(start + 2 * plane, d), _bytes_at(start + 3 * plane, d)
         target = out[i]
         for k in range(d):
             low = np.uint32(p0[k]) | (np.uint32(p1[k]) << np.uint32(8))
@@ -55,54 +63,22 @@ def _planes4(
 
 
 @numba.njit(nogil=True, cache=True)
-def _elements(
-    pool: NDArray[np.uint64], buffer: NDArray[np.int64], row: NDArray[np.int64], out: NDArray[np.uint64]
-) -> None:
+def _elements(address: _Integers, buffer: _Integers, row: _Integers, out: NDArray[np.uint8]) -> None:
     width = out.shape[1]
     for i in range(out.shape[0]):
-        start = row[i] * width
-        source = pool[buffer[i], start : start + width]
-        target = out[i]
+        source, target = _bytes_at(address[buffer[i]] + row[i] * width, width), out[i]
         for k in range(width):
             target[k] = source[k]
 
 
 @numba.njit(nogil=True, cache=True)
-def _fixed_planes(
-    pool: NDArray[np.uint8],
-    buffer: NDArray[np.int64],
-    row: NDArray[np.int64],
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-    out: NDArray[np.uint16],
+def _fixed(
+    codes: NDArray[np.int16], scale: NDArray[np.float32], offset: NDArray[np.float32], out: NDArray[np.uint16]
 ) -> None:
-    d = out.shape[1]
-    half = pool.shape[1] // 2
     for i in range(out.shape[0]):
-        start = row[i] * d
-        low = pool[buffer[i], start : start + d]
-        high = pool[buffer[i], half + start : half + start + d]
-        target = out[i]
-        for k in range(d):
-            code = np.int16(np.uint16(low[k]) | (np.uint16(high[k]) << np.uint16(8)))
-            target[k] = bf16_bits(fused(np.float32(code), scale[k], offset[k]))  # pyright: ignore[reportCallIssue]  numba passes the context
-
-
-@numba.njit(nogil=True, cache=True)
-def _fixed_elements(
-    pool: NDArray[np.int16],
-    buffer: NDArray[np.int64],
-    row: NDArray[np.int64],
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-    out: NDArray[np.uint16],
-) -> None:
-    d = out.shape[1]
-    for i in range(out.shape[0]):
-        codes = pool[buffer[i], row[i] * d : (row[i] + 1) * d]
-        target = out[i]
-        for k in range(d):
-            target[k] = bf16_bits(fused(np.float32(codes[k]), scale[k], offset[k]))  # pyright: ignore[reportCallIssue]  numba passes the context
+        source, target = codes[i], out[i]
+        for k in range(out.shape[1]):
+            target[k] = bf16_bits(fused(np.float32(source[k]), scale[k], offset[k]))  # pyright: ignore[reportCallIssue]  numba passes the context
 
 
 @numba.njit(nogil=True, cache=True)
@@ -144,60 +120,68 @@ def _narrow(values: NDArray[Any], bits: NDArray[Any], out: NDArray[Any]) -> None
 
 
 def gather(
-    pool: NDArray[np.uint8],
+    address: NDArray[np.int64],
     buffer: NDArray[np.int64],
     row: NDArray[np.int64],
     out: NDArray[np.generic],
-    *,
-    planes: bool,
+    array: ArraySpec,
     calibration: Calibration | None = None,
 ) -> None:
-    """Fill `out` [n, d] (uint16 or 4-byte elements) with row `row[i]` of decoded chunk `buffer[i]` of the pool.
+    """Fill `out` [n, d] with row `row[i]` of the decoded chunk at `address[buffer[i]]`, of an array.
 
-    `pool` is [chunks, bytes of a chunk]; `planes` says whether chunks hold byte planes or elements. With the
-    `calibration` of a `fixed` site the elements are codes, and `out` gets their values as bf16 bits (uint16).
+    Elements come as they are stored; with the `calibration` of a `fixed` site they are codes, and `out` gets their
+    values as bf16 bits (uint16).
     """
-    if calibration is not None:
-        steps = calibration.scale, calibration.offset
-        if planes:
-            _fixed_planes(pool, buffer, row, *steps, out.view(np.uint16))
-        else:
-            _fixed_elements(pool.view(np.int16), buffer, row, *steps, out.view(np.uint16))
-    elif not planes:
-        # words as wide as the rows allow: byte by byte is four times slower
-        word = np.dtype(f"u{math.gcd(8, out.shape[1] * out.dtype.itemsize)}")
-        _elements(pool.view(word), buffer, row, out.view(word))
+    if calibration is None:
+        _stored(address, buffer, row, out, array)
+        return
+    codes = np.empty((min(_BLOCK, len(row)), out.shape[1]), np.int16)
+    for start in range(0, len(row), _BLOCK):
+        here = slice(start, min(start + _BLOCK, len(row)))
+        block = codes[: here.stop - start]
+        _stored(address, buffer[here], row[here], block, array)
+        _fixed(block, calibration.scale, calibration.offset, out[here].view(np.uint16))
+
+
+def _stored(
+    address: NDArray[np.int64],
+    buffer: NDArray[np.int64],
+    row: NDArray[np.int64],
+    out: NDArray[np.generic],
+    array: ArraySpec,
+) -> None:
+    if array.codec != "planes":
+        _elements(address, buffer, row, out.view(np.uint8))
     elif out.dtype.itemsize == 2:
-        _planes2(pool, buffer, row, out.view(np.uint16))
+        _planes2(address, buffer, row, array.chunk_rows, out.view(np.uint16))
     else:
-        _planes4(pool, buffer, row, out.view(np.uint32))
+        _planes4(address, buffer, row, array.chunk_rows, out.view(np.uint32))
 
 
 def gather_as(
-    pool: NDArray[np.uint8],
+    address: NDArray[np.int64],
     buffer: NDArray[np.int64],
     row: NDArray[np.int64],
     out: NDArray[np.generic],
-    *,
-    planes: bool,
-    itemsize: int,
+    array: ArraySpec,
+    calibration: Calibration | None,
     factor: float,
-    calibration: Calibration | None = None,
 ) -> None:
     """`gather` with a change of type: `out` [n, d] holds bf16 bits (uint16), float16 or float32.
 
-    Stored elements of `itemsize` bytes become float32(value * factor), computed in float64, then round to the type of
-    `out`. Block by block, so that what is between lies in the cache.
+    Stored values become float32(value * factor), computed in float64, then round to the type of `out`. Block by block,
+    so that what is between lies in the cache.
     """
+    itemsize = array.dtype.itemsize
     raw = np.empty((min(_BLOCK, len(row)), out.shape[1]), np.dtype(f"u{itemsize}"))
     middle = np.empty(raw.shape, np.float32)
     steps = () if calibration is None else (calibration.scale, calibration.offset)
     wide_steps = tuple(v.astype(np.float64) for v in steps)
     for start in range(0, len(row), _BLOCK):
-        stop = min(start + _BLOCK, len(row))
-        block, target = raw[: stop - start], out[start:stop]
-        values: NDArray[Any] = target if out.dtype == np.float32 else middle[: stop - start]
-        gather(pool, buffer[start:stop], row[start:stop], block, planes=planes)
+        here = slice(start, min(start + _BLOCK, len(row)))
+        block, target = raw[: here.stop - start], out[here]
+        values: NDArray[Any] = target if out.dtype == np.float32 else middle[: len(block)]
+        _stored(address, buffer[here], row[here], block, array)
         if wide_steps:
             _dequantise(block.view(np.int16), wide_steps[0], wide_steps[1], factor, values)
         elif itemsize == 2:

@@ -1,7 +1,7 @@
 """Hedged requests: ask once more for what takes far longer than the rest (Dean & Barroso 2013, "The Tail at Scale").
 
 A request is overdue after three times the 95th percentile of recent ones. At most one in twenty is asked for again, by
-a fetcher that has nothing else to do before it; the first answer counts.
+a fetcher that has nothing else to do; the first answer counts.
 """
 
 import time
@@ -55,7 +55,7 @@ class Hedge:
 
     def end(self, resident: Resident, seconds: float | None) -> None:
         """A chunk has come, or failed (None: no sample)."""
-        del self._began[resident]
+        self._began.pop(resident, None)  # a damaged answer ended it before
         self._asked.discard(resident)
         if seconds is not None:
             self._took.append(seconds)

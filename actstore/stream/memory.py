@@ -1,8 +1,9 @@
-"""The pipeline's memory on the host: a pool of decoded chunks, and batches gathered from it by native threads."""
+"""Where decoded chunks and batches lie on the host, and how a batch is gathered from them by native threads."""
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Set as AbstractSet
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,25 +14,64 @@ from actstore.stream.columns import Batch, Column
 from actstore.stream.gather import gather, gather_as
 
 
+class Memory(Protocol):
+    """Chunks of one share in numbered buffers, and batches: `HostMemory` or `DeviceMemory`."""
+
+    parallel: bool
+    """Whether it pays that several threads gather a batch."""
+
+    def chunk(self, name: str, buffer: int) -> NDArray[np.uint8]:
+        """Where the calling thread decodes a chunk to [bytes of a chunk]."""
+        ...
+
+    def loaded(self, name: str, buffer: int) -> None:
+        """The calling thread has decoded a chunk to where `chunk` said."""
+        ...
+
+    def take(self, name: str, buffer: int, chunk: NDArray[np.uint8]) -> None:
+        """Use a chunk where it lies; it does not change."""
+        ...
+
+    def held(self, name: str, buffer: int) -> NDArray[np.uint8]:
+        """The chunk that the calling thread has just brought into a buffer [bytes of a chunk]."""
+        ...
+
+    def batch(self, rows: int) -> Any:
+        """The memory of a batch."""
+        ...
+
+    def gather(self, batch: Any, start: int, buffer: NDArray[np.int64], row: NDArray[np.int64]) -> None:
+        """Fill rows of a batch from `start` on: row `row[i]` of the chunk in buffer `buffer[i]`."""
+        ...
+
+    def finish(self, batch: Any, rows: int) -> Any:
+        """What is delivered of a batch, of which `rows` are filled."""
+        ...
+
+
 class Recycler:
     """Arrays by purpose, lent again once nobody else refers to them: fresh memory costs a page fault every 4 KiB.
 
-    A tensor or view made of an array refers to it, so what a consumer keeps is never touched.
+    A tensor or view made of an array refers to it, so what a consumer keeps is never touched. At most `most` arrays a
+    purpose are remembered; what a consumer collects beyond them is its own, and goes when it lets go.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         """Own nothing yet."""
+        self._most = most
         self._arrays: dict[str, list[NDArray[Any]]] = {}
 
     def empty(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array of unspecified content."""
         owned = self._arrays.setdefault(purpose, [])
+        owned[:] = [a for a in owned if a.shape == shape and a.dtype == dtype]
         for i in range(len(owned)):
             # one reference from the list, one from the call
-            if sys.getrefcount(owned[i]) == 2 and owned[i].shape == shape and owned[i].dtype == dtype:
+            if sys.getrefcount(owned[i]) == 2:
                 return owned[i]
-        free = [a for a in owned if sys.getrefcount(a) > 3]
-        self._arrays[purpose] = [*free, made := np.empty(shape, dtype)]
+        made = np.empty(shape, dtype)
+        if len(owned) < self._most:
+            owned.append(made)
         return made
 
 
@@ -39,61 +79,75 @@ class HostMemory:
     """Chunks and batches in the memory of this process."""
 
     parallel = True
-    """Whether several threads may gather at a time."""
 
     def __init__(
         self,
         columns: Mapping[str, Column],
         buffers: int,
         recycler: Recycler,
+        *,
+        name: str = "",
+        mapped: AbstractSet[str] = frozenset(),
         lend: Callable[[int], Batch] | None = None,
     ) -> None:
-        """Room for `buffers` chunks. `lend` makes the memory of a batch of n rows; by default the recycler does."""
-        self._columns, self._recycler = columns, recycler
-        self._lend = lend
+        """Room for `buffers` chunks, called `name`; none for columns that are `mapped`, whose chunks are taken.
+
+        `lend` makes the memory of a batch of n rows; by default the recycler does.
+        """
+        self._columns, self._recycler, self._lend = columns, recycler, lend
         self._pool = {
-            n: recycler.empty(f"pool/{n}", (buffers, c.index.array.chunk_bytes), np.dtype(np.uint8))
+            n: recycler.empty(f"pool {name}/{n}", (buffers, c.index.array.chunk_bytes), np.dtype(np.uint8))
             for n, c in columns.items()
+            if n not in mapped
         }
+        self._taken = {n: [np.empty(0, np.uint8)] * buffers for n in mapped}
+        self._address = {n: addresses(pool) for n, pool in self._pool.items()}
+        self._address |= {n: np.zeros(buffers, np.int64) for n in mapped}
 
     def chunk(self, name: str, buffer: int) -> NDArray[np.uint8]:
-        """Where a chunk is decoded to [bytes of a chunk]."""
+        """See `Memory`."""
         return self._pool[name][buffer]
 
     def loaded(self, name: str, buffer: int) -> None:
-        """A chunk has been decoded."""
+        """See `Memory`."""
+
+    def take(self, name: str, buffer: int, chunk: NDArray[np.uint8]) -> None:
+        """See `Memory`; the chunk is referred to until the buffer's next one."""
+        self._taken[name][buffer] = chunk
+        self._address[name][buffer] = chunk.ctypes.data
+
+    def held(self, name: str, buffer: int) -> NDArray[np.uint8]:
+        """See `Memory`."""
+        return self._pool[name][buffer] if name in self._pool else self._taken[name][buffer]
 
     def batch(self, rows: int) -> Batch:
-        """The memory of a batch."""
-        return self._recycled(rows) if self._lend is None else self._lend(rows)
-
-    def _recycled(self, rows: int) -> Batch:
+        """See `Memory`."""
+        if self._lend is not None:
+            return self._lend(rows)
         return {
             n: self._recycler.empty(n, (rows, *c.shape), c.host_type) for n, c in self._columns.items() if c.deliver
         }
 
     def gather(self, batch: Batch, start: int, buffer: NDArray[np.int64], row: NDArray[np.int64]) -> None:
-        """Fill rows of a batch from `start` on: row `row[i]` of the chunk in buffer `buffer[i]`."""
+        """See `Memory`."""
         for name, out in batch.items():
-            column, array = self._columns[name], self._columns[name].index.array
+            column = self._columns[name]
             target = out[start : start + len(row)].reshape(len(row), -1)
-            settings: dict[str, Any] = {"planes": array.codec == "planes", "calibration": column.calibration}
             if column.raw:
-                gather(self._pool[name], buffer, row, target, **settings)
+                gather(self._address[name], buffer, row, target, column.index.array, column.calibration)
             else:
                 gather_as(
-                    self._pool[name],
-                    buffer,
-                    row,
-                    target,
-                    itemsize=array.dtype.itemsize,
-                    factor=column.factor,
-                    **settings,
+                    self._address[name], buffer, row, target, column.index.array, column.calibration, column.factor
                 )
 
     def finish(self, batch: Batch, rows: int) -> dict[str, Tensor]:
-        """The batch, of which `rows` are filled, as tensors."""
+        """See `Memory`."""
         return {n: as_tensor(a[:rows], self._columns[n].dtype) for n, a in batch.items()}
+
+
+def addresses(pool: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Where each chunk of a pool [chunks, bytes of a chunk] begins."""
+    return pool.ctypes.data + np.arange(len(pool), dtype=np.int64) * pool.strides[0]
 
 
 def as_tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:

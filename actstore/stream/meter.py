@@ -1,7 +1,6 @@
 """What the pipeline measures, and which stage that says is the bound."""
 
-import threading
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 
 STALL = 0.1
 """Share of its time that the consumer may wait before it is told so."""
@@ -31,32 +30,22 @@ class Meter:
     hedges_won: int = 0
     skipped_chunks: int = 0
     skipped_rows: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, **amounts: float) -> None:
-        """Add to several figures at once."""
-        with self.lock:
-            for name, amount in amounts.items():
-                setattr(self, name, getattr(self, name) + amount)
 
     def figures(self) -> dict[str, float]:
         """All figures, and `stall`: the share of its time that the consumer waited."""
-        with self.lock:
-            found = {k: v for k, v in vars(self).items() if k != "lock"}
-        return found | {"stall": found["wait_s"] / found["elapsed_s"] if found["elapsed_s"] else 0.0}
+        return asdict(self) | {"stall": self.wait_s / self.elapsed_s if self.elapsed_s else 0.0}
 
     def bound(self, *, fetchers: int, workers: int) -> str:
         """The stage that limits the rate: `fetch`, `decode`, `gather`, or `consumer` if it hardly waits.
 
         Of the stages, the one whose threads are busiest: `fetchers` threads only fetch (0: the workers do it), and
-        `workers` threads decode and gather, with one more that only gathers.
+        `workers` threads decode and gather.
         """
-        with self.lock:
-            if self.wait_s <= STALL * self.elapsed_s:
-                return "consumer"
-            busy = {
-                "fetch": self.fetch_s / (fetchers or workers),
-                "decode": self.decode_s / workers,
-                "gather": self.gather_s / (workers + 1),
-            }
+        if self.wait_s <= STALL * self.elapsed_s:
+            return "consumer"
+        busy = {
+            "fetch": self.fetch_s / (fetchers or workers),
+            "decode": self.decode_s / workers,
+            "gather": self.gather_s / workers,
+        }
         return max(busy, key=lambda stage: busy[stage])

@@ -13,6 +13,7 @@ few integers and no table over chunks, so a resumed reader starts anywhere at on
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,6 +74,7 @@ class ChunkLine:
     def __init__(self, geometry: Geometry, seed: int, epoch: int, *, shuffle: bool) -> None:
         """Locate the places of the line that short buckets leave empty; the only work, and it is small."""
         self._g, self._seed, self._epoch, self._shuffle = geometry, seed, epoch, shuffle
+        self._bucket_key = keyed.key(seed, "epoch", epoch, "buckets")
         holes = [
             self._grid(place, chunk)
             for place, rows in geometry.short
@@ -88,9 +90,6 @@ class ChunkLine:
             if rows % geometry.chunk_rows
         )
 
-    def _bucket_key(self) -> int:
-        return keyed.key(self._seed, "epoch", self._epoch, "buckets")
-
     def _chunk_key(self, place: int) -> int:
         return keyed.key(self._seed, "epoch", self._epoch, "chunks", place)
 
@@ -98,7 +97,7 @@ class ChunkLine:
         g = self._g
         if not self._shuffle:
             return place * g.chunks_per_bucket + chunk
-        column = int(keyed.invert(place, g.buckets, self._bucket_key())[0])
+        column = int(keyed.invert(place, g.buckets, self._bucket_key)[0])
         turn = int(keyed.invert(chunk, g.chunks_per_bucket, self._chunk_key(place))[0])
         return turn * g.buckets + column
 
@@ -109,7 +108,7 @@ class ChunkLine:
         if not self._shuffle:
             return divmod(grid, g.chunks_per_bucket)
         turn, column = divmod(grid, g.buckets)
-        place = int(keyed.permute(column, g.buckets, self._bucket_key())[0])
+        place = int(keyed.permute(column, g.buckets, self._bucket_key)[0])
         return place, int(keyed.permute(turn, g.chunks_per_bucket, self._chunk_key(place))[0])
 
 
@@ -156,7 +155,7 @@ class StreamOrder:
 
     def _keys(self, geometry: Geometry, *, seed: int, epoch: int, stream: int, mix: int, shuffle: bool) -> None:
         self._geometry, self._seed, self._epoch = geometry, seed, epoch
-        self._stream, self._mix, self._shuffle = stream, mix, shuffle
+        self._stream, self.mix, self._shuffle = stream, mix, shuffle
 
     def _full_piece(self, position: int) -> Piece:
         place, chunk = self._chunks.chunk(position)
@@ -168,7 +167,7 @@ class StreamOrder:
         return self._tail[i - self._bulk]
 
     def _slice(self, rows: int, j: int) -> tuple[int, int]:
-        return j * rows // self._mix, (j + 1) * rows // self._mix
+        return j * rows // self.mix, (j + 1) * rows // self.mix
 
     def _deficit(self, i: int, j: int) -> tuple[int, int]:
         """(slot, rows missing there) because piece i is shorter than a chunk, for its slice j."""
@@ -194,21 +193,47 @@ class StreamOrder:
 
     def slot(self, t: int) -> Slot:
         """What slot t mixes."""
-        numbers = tuple((t - j) % self.pieces for j in range(self._mix))
-        starts = np.empty(self._mix, np.int64)
-        edges = np.zeros(self._mix + 1, np.int64)
+        numbers = tuple((t - j) % self.pieces for j in range(self.mix))
+        starts, sizes = [0] * self.mix, [0] * self.mix
         for j, i in enumerate(numbers):
             p = self.piece(i)
             low, high = self._slice(p.rows, j)
-            starts[j] = p.start + low
-            edges[j + 1] = edges[j] + high - low
-        return Slot(pieces=numbers, starts=starts, edges=edges)
+            starts[j], sizes[j] = p.start + low, high - low
+        edges = np.zeros(self.mix + 1, np.int64)
+        np.cumsum(sizes, out=edges[1:])
+        return Slot(pieces=numbers, starts=np.array(starts), edges=edges)
 
-    def rows_of(self, t: int, slot: Slot, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For output rows start to stop of slot t: slice number and row within the slice's chunk."""
-        index = np.arange(start, stop)
-        if self._shuffle:
-            key = keyed.key(self._seed, "epoch", self._epoch, "slot", self._stream, t)
-            index = keyed.permute(index, slot.rows, key)
-        slices = np.searchsorted(slot.edges, index, side="right") - 1
-        return slices, slot.starts[slices] + index - slot.edges[slices]
+    def rows_of(self, t: int, slot: Slot, buffers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of every output row of slot t: `buffers[j]` of its slice j, and its row within the slice's chunk."""
+        places, rows = np.empty(slot.rows, np.int64), np.empty(slot.rows, np.int64)
+        key = np.uint64(keyed.key(self._seed, "epoch", self._epoch, "slot", self._stream, t) if self._shuffle else 0)
+        _rows_of(slot.edges, slot.starts, buffers, key, self._shuffle, places, rows)
+        return places, rows
+
+
+@numba.njit(nogil=True, cache=True)
+def _rows_of(
+    edges: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    buffers: NDArray[np.int64],
+    key: np.uint64,
+    shuffle: bool,  # noqa: FBT001  compiled functions take no keywords
+    places: NDArray[np.int64],
+    rows: NDArray[np.int64],
+) -> None:
+    if shuffle and edges[-1] > 0:
+        n = np.uint64(edges[-1])
+        keyed.walk_range(0, n, keyed.round_keys(n, key), rows)
+    else:
+        for i in range(rows.shape[0]):
+            rows[i] = i
+    for i in range(rows.shape[0]):
+        low, high = 0, edges.shape[0] - 2
+        while low < high:
+            middle = (low + high + 1) // 2
+            if edges[middle] <= rows[i]:
+                low = middle
+            else:
+                high = middle - 1
+        places[i] = buffers[low]
+        rows[i] += starts[low] - edges[low]

@@ -1,8 +1,12 @@
 """The plan of a reading: what fixes its order, what it needs in memory, and how both are checked beforehand."""
 
+import contextlib
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from actstore.errors import StreamError
@@ -10,6 +14,7 @@ from actstore.store.read.store import Store
 from actstore.store.storage import LocalStorage
 from actstore.stream.filter import RowFilter
 from actstore.stream.order import ORDER_VERSION, Geometry
+from actstore.stream.residency import peak
 
 REMOTE_REQUESTS = 16
 """Concurrent requests to an object store; in-region S3 saturates at about 32 (insitubatch's measurements)."""
@@ -36,7 +41,7 @@ class Plan:
     @property
     def mix(self) -> int:
         """Chunks that each stream mixes (K / S)."""
-        return max(1, self.shuffle_chunks // self.streams) if self.shuffle else 1
+        return self.shuffle_chunks // self.streams if self.shuffle else 1
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; filters only where there are any."""
@@ -61,6 +66,9 @@ def check(plan: Plan, store: Store, world: int) -> None:
         raise ValueError(f"batch_size {p.batch_size} is not a multiple of streams={p.streams}; the next is {up}")
     if p.shuffle_chunks < 1:
         raise ValueError(f"shuffle_chunks is {p.shuffle_chunks}, expected at least 1")
+    if p.shuffle and p.shuffle_chunks % p.streams:
+        near = max(1, round(p.shuffle_chunks / p.streams)) * p.streams
+        raise ValueError(f"shuffle_chunks {p.shuffle_chunks} is not a multiple of streams={p.streams}; use {near}")
 
 
 def check_rows(plan: Plan, rows: int) -> None:
@@ -88,12 +96,13 @@ def geometry_of(store: Store) -> Geometry:
 
 
 def steps(plan: Plan, rows: int) -> int:
-    """Batches of an epoch over `rows` rows."""
-    share = plan.batch_size // plan.streams
-    if plan.drop_last:
-        return rows // plan.streams // share
-    longest = (rows + plan.streams - 1) // plan.streams
-    return (longest + share - 1) // share
+    """Batches of an epoch over `rows` rows.
+
+    Without `drop_last` the last one takes what is left. It has rows of every stream, so that no rank's is empty:
+    fewer rows than there are streams join the batch before.
+    """
+    each, share = rows // plan.streams, plan.batch_size // plan.streams
+    return each // share if plan.drop_last else -(-each // share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,32 +110,29 @@ class Needs:
     """Sizes that decide how much memory a rank's pipeline takes."""
 
     chunk: int
-    """Decoded bytes of a chunk, all arrays."""
+    """Decoded bytes of a chunk, all arrays that are not used where they lie."""
+    read: int
+    """Bytes that a request or read takes until they are decoded."""
     batch: int
-    """Bytes of this rank's batch."""
+    """Bytes of this rank's largest batch."""
+    least: int
+    """Chunks that must be in memory at a time."""
+    kept: int
+    """The same, if those that an epoch needs at both ends stay."""
     streams: int
     """Streams of this rank."""
-    mixed: int
-    """Chunks that must be in memory at a time."""
-    wrapped: int
-    """Further chunks that an epoch needs at its beginning and at its end."""
     chunks: int
     """Chunks of an epoch on this rank."""
 
 
-def needs(plan: Plan, geometry: Geometry, world: int, *, chunk: int, row: int) -> Needs:
-    """Sizes of a rank's pipeline, for chunks of so many decoded bytes and delivered rows of so many."""
-    mine = plan.streams // world
-    each = geometry.buckets * geometry.chunks_per_bucket // plan.streams + len(geometry.short) + 1
-    mixed = min(plan.mix, each)
-    return Needs(
-        chunk=chunk,
-        batch=row * (plan.batch_size // world),
-        streams=mine,
-        mixed=mine * mixed,
-        wrapped=mine * (min(2 * plan.mix - 1, each) - mixed),
-        chunks=mine * each,
-    )
+def chunks_needed(plan: Plan, pieces: Sequence[int], filtered: int | None) -> tuple[int, int]:
+    """`least` and `kept` of `Needs`, for streams of so many pieces.
+
+    With a filter an epoch deals the chunks out in its own way, so all `filtered` chunks may count for each stream.
+    """
+    most = pieces if filtered is None else [filtered] * len(pieces)
+    least, kept = (sum(peak(n, plan.mix, keep=keep) for n in most) for keep in (False, True))
+    return least, kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,23 +150,22 @@ def fit(needs: Needs, *, workers: int, fetchers: int, prefetch: int, budget: int
     """Buffers for chunks; ValueError if the budget (bytes) can't hold what must be there."""
     n = needs
     # batches: waiting, being made, being used; reads: one a fetcher or worker, and one a worker that waits
-    other = (prefetch + 2) * n.batch + (fetchers + workers) * n.chunk
+    other = (prefetch + 2) * n.batch + (fetchers + workers) * n.read
     # streams of equal slots all begin their next chunk in the same step
     ahead = n.streams + 2 * workers + fetchers
-    most = n.chunks + 1
-    least = min(n.mixed + 1, most)
+    keep = n.kept - n.least > WORTH_KEEPING * n.chunks
+    most = max(n.chunks, n.kept)
     if budget is None:
-        keep = n.wrapped > WORTH_KEEPING * n.chunks
-        buffers = min(n.mixed + keep * n.wrapped + ahead, most)
+        buffers = min((n.kept if keep else n.least) + ahead, most)
         return Fit(buffers=buffers, keep=keep, memory=other + buffers * n.chunk)
-    room = (budget - other) // n.chunk
-    if room < least:
+    room = (budget - other) // n.chunk if n.chunk else most
+    if budget < other or room < n.least:
         raise ValueError(
-            f"memory_budget {budget} is too small: {least} chunks of {n.chunk} bytes and {other} bytes of batches and "
-            f"reads need {other + least * n.chunk}; lower shuffle_chunks, prefetch, max_inflight or batch_size"
+            f"memory_budget {budget} is too small: {n.least} chunks of {n.chunk} bytes and {other} bytes of batches "
+            f"and reads need {other + n.least * n.chunk}; lower shuffle_chunks, prefetch, max_inflight or batch_size"
         )
-    keep = room >= min(n.mixed + n.wrapped + 1, most)
-    buffers = min(room, n.mixed + keep * n.wrapped + 2 * ahead, most)
+    keep = room >= n.kept
+    buffers = min(room, (n.kept if keep else n.least) + 2 * ahead, most)
     return Fit(buffers=buffers, keep=keep, memory=other + buffers * n.chunk)
 
 
@@ -177,4 +182,34 @@ def pool_threads(store: Store, threads: int | None, max_inflight: int | None) ->
 def cores() -> int:
     """Cores that this process may use, shared out among the ranks that torchrun started on this machine."""
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mine = math.ceil(min(mine, cpu_quota()))
     return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores that the control groups of this process allow it (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`)."""
+    allowed = math.inf
+    try:
+        groups = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return allowed
+    for _, controllers, name in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "cpu" if controllers else root
+        here = top / name.lstrip("/")
+        for folder in (here, *here.parents):
+            if folder.is_relative_to(top):
+                allowed = min(allowed, _quota(folder))
+    return allowed
+
+
+def _quota(folder: Path) -> float:
+    """Cores that one control group allows."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((folder / f"cpu.cfs_{n}_us").read_text(encoding="utf-8") for n in ("quota", "period"))
+        return math.inf if int(quota) < 0 else int(quota) / int(period)
+    return math.inf

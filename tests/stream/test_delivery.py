@@ -26,6 +26,7 @@ from actstore.store import SiteSpec, create_store
 from actstore.store.format import codec
 from actstore.store.storage import LocalStorage
 from actstore.stream import dataset as dataset_module
+from actstore.stream import memory, source
 from actstore.stream.device import DeviceMemory
 
 SITE = "resid_post.3"
@@ -230,7 +231,7 @@ def test_memory_comes_back(known: Known) -> None:
     pools = set()
     for _ in range(4):
         list(ds)
-        pools.add(id(ds._recycler._arrays[f"pool/{SITE}"][-1]))
+        pools.add(id(ds.recycler._arrays[f"pool /{SITE}"][-1]))
     assert len(pools) == 1
     ds.close()
     assert threading.active_count() == before
@@ -303,15 +304,13 @@ def slow(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, seconds: float
 @pytest.mark.parametrize("fetchers", [None, 2])
 @pytest.mark.parametrize("stage", ["fetch", "decode", "gather", "consumer"])
 def test_the_bound_is_named(known: Known, stage: str, fetchers: int | None, monkeypatch: Any, caplog: Any) -> None:
-    from actstore.stream import memory
-
     if stage == "fetch":
         slow(monkeypatch, LocalStorage, "get_range", 0.01)
-        slow(monkeypatch, LocalStorage, "read_into", 0.01)
+        slow(monkeypatch, source.Maps, "chunk", 0.01)
     if stage == "decode":
-        slow(monkeypatch, codec, "decode_into", 0.01)
+        slow(monkeypatch, codec, "decode_payload", 0.01)
     if stage == "gather":
-        slow(monkeypatch, host, "gather", 0.02)
+        slow(monkeypatch, memory, "gather", 0.02)
     monkeypatch.setattr(dataset_module, "WARN_AFTER_S", 0.3)
     with caplog.at_level(logging.WARNING, "actstore.stream"):
         ds = actstore.ActivationDataset(known.url, sites=SITE, batch_size=16, threads=2, max_inflight=fetchers)

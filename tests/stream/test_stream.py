@@ -140,9 +140,11 @@ def test_bad_arguments_are_refused_at_construction(known: Known, change: dict[st
 def test_a_tight_budget_delivers_the_same(known: Known) -> None:
     need = dataset(known.url)
     chunk = 16 * 24 * 2 + 3 * 16 * 4
-    tight = dataset(known.url, memory_budget=(17 + 2) * chunk + 6 * 16 * (48 + 12), threads=2)
+    tight = dataset(known.url, memory_budget=16 * chunk + 6 * 16 * (48 + 12), threads=2)
     assert rows(tight) == rows(need)
-    assert tight.explain()["pool_bytes"] == 17 * chunk
+    assert tight.explain()["pool_bytes"] == 16 * chunk
+    with pytest.raises(ValueError, match=r"memory_budget .* is too small: 16 chunks"):
+        dataset(known.url, memory_budget=16 * chunk + 6 * 16 * (48 + 12) - 1)
 
 
 def test_damage_raises_and_names_the_object(known: Known) -> None:
@@ -189,12 +191,12 @@ def test_in_a_dataloader_and_pickled(known: Known) -> None:
     data = pickle.dumps(dataset(known.url))
     assert len(data) < 10_000
     assert rows(pickle.loads(data)) == alone
-    one = DataLoader(dataset(known.url), batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    assert rows(one) == alone
-    several = iter(DataLoader(dataset(known.url), batch_size=None, num_workers=2, multiprocessing_context="fork"))
-    with pytest.raises(StreamError, match="num_workers=0"):
-        next(several)
-    del several
+    for workers, how in ((1, "spawn"), (2, "fork")):
+        loader = DataLoader(dataset(known.url), batch_size=None, num_workers=workers, multiprocessing_context=how)
+        batches = iter(loader)
+        with pytest.raises(StreamError, match=rf"num_workers is {workers}.*num_workers=0"):
+            next(batches)
+        del batches
 
 
 def _child(ds: actstore.ActivationDataset, pipe: Any) -> None:

@@ -154,7 +154,11 @@ def decode_into(
 
     Raises `IntegrityError` if a checksum or the decoded size is wrong, see `check_chunk`.
     """
-    payload = check_chunk(data, codec, out.nbytes, what, committed=committed)
+    decode_payload(check_chunk(data, codec, out.nbytes, what, committed=committed), codec, out, what)
+
+
+def decode_payload(payload: Any, codec: CodecName, out: NDArray[np.uint8], what: str) -> None:
+    """`decode_into` without the checks, of a chunk without its checksum."""
     try:
         if codec == "none":
             out[:] = np.frombuffer(payload, np.uint8)

@@ -141,7 +141,7 @@ def load_current(storage: Storage) -> Index:
         raise StoreError(
             f"{storage.url}: {manifest.HEAD_KEY} and {GROUP_KEY} describe different stores; see: actstore verify"
         )
-    return _unfinished(storage, spec)
+    return load_as(storage, spec, committed(storage, spec))
 
 
 def committed(storage: Storage, spec: StoreSpec) -> NDArray[np.int64]:
@@ -259,9 +259,8 @@ def _finished(storage: Storage, head: manifest.Head) -> Index:
     )
 
 
-def _unfinished(storage: Storage, spec: StoreSpec) -> Index:
-    """The index of what is committed: parts of the manifest where they exist, else commit records."""
-    buckets = committed(storage, spec)
+def load_as(storage: Storage, spec: StoreSpec, buckets: NDArray[np.int64]) -> Index:
+    """The index of these committed buckets: from parts of the manifest where they exist, else commit records."""
     size = manifest.part_buckets(spec)
     segments, builder = list[_Segment](), manifest.HeadBuilder(spec)
     for number in np.unique(buckets // size).tolist():

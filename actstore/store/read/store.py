@@ -29,19 +29,21 @@ from actstore.store.format.spec import (
     SiteSpec,
     StoreSpec,
     calibration_key,
+    group_metadata,
+    spec_from_bytes,
 )
 from actstore.store.format.stats import SiteStats, summarise
-from actstore.store.read.index import load
+from actstore.store.read.index import Index, load, load_as
 from actstore.store.storage import Storage, open_storage
 
 
 class Store:
     """An activation store as it was when it was opened; read-only."""
 
-    def __init__(self, storage: Storage) -> None:
-        """Read the index of committed buckets: one GET if the store is finished."""
+    def __init__(self, storage: Storage, index: Index | None = None) -> None:
+        """Read the index of committed buckets, unless it is given: one GET if the store is finished."""
         self.storage = storage
-        self.index = load(storage)
+        self.index = load(storage) if index is None else index
         self.spec: StoreSpec = self.index.spec
 
     @property
@@ -83,6 +85,15 @@ class Store:
     def fingerprint(self) -> str:
         """Hash of the spec and of the crc32c of every committed chunk: equal content, equal fingerprint."""
         return self.index.fingerprint
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `reopen` needs, as JSON values, to open the store as it is here, whatever is committed later."""
+        return {
+            "url": self.url,
+            "fingerprint": self.fingerprint,
+            "spec": group_metadata(self.spec).decode(),
+            "buckets": None if self.complete else self.index.buckets.tolist(),
+        }
 
     def stats(self, site: str) -> SiteStats:
         """Statistics of a site over all committed rows."""
@@ -223,3 +234,15 @@ def _reopen(url: str, name: str) -> DecodedChunks:
 def open_store(url: str | os.PathLike[str]) -> Store:
     """Open a store read-only; `StoreError` if there is none at `url`."""
     return Store(open_storage(url))
+
+
+def reopen(snapshot: dict[str, Any]) -> Store:
+    """The store of a `snapshot`; `StoreError` if what it held is there no more."""
+    store = open_store(snapshot["url"])
+    if store.fingerprint != snapshot["fingerprint"]:
+        spec = spec_from_bytes(snapshot["spec"].encode(), f"the snapshot of {store.url}")
+        buckets = np.arange(spec.buckets) if snapshot["buckets"] is None else np.array(snapshot["buckets"], np.int64)
+        store = Store(store.storage, load_as(store.storage, spec, buckets))
+    if store.fingerprint != snapshot["fingerprint"]:
+        raise StoreError(f"{store.url}: holds other rows than when it was opened first; open it again and plan anew")
+    return store

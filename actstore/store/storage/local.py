@@ -17,6 +17,7 @@ Symbolic links below the root are followed as long as they stay below it.
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import stat
@@ -24,6 +25,9 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from actstore.errors import StoreError
 from actstore.store.storage.base import Buffers, Stat, check_key, check_prefix, holds, missing, too_large, too_short
@@ -88,6 +92,11 @@ class LocalStorage:
                     at += n
                 if at != end:
                     raise too_short(self.url, key, offset, sum(map(len, out)), max(size - offset, 0))
+
+    def map(self, key: str) -> NDArray[np.uint8]:
+        """An object in a memory map: its bytes as they are when they are touched, and only while it isn't cut short."""
+        with self._reading(key) as (fd, size):
+            return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), np.uint8) if size else np.empty(0, np.uint8)
 
     def until(self, stop: threading.Event) -> "LocalStorage":  # noqa: ARG002  nothing is tried twice here
         """See `Storage`."""
