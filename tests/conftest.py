@@ -5,7 +5,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before torch imports Triton, which looks at it then
 os.environ["OMP_NUM_THREADS"] = "1"  # of child processes: threads that wait for each other are slow beside other tests
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from actstore.store.format.spec import arrays
 from actstore.store.storage import Storage
 from actstore.store.write import protocol
 from actstore.store.write.protocol import Attempt, NotWritten
+from actstore.stream import Settings
 
 LONGEST = ("test_demo.py", "test_cluster.py", "test_readme.py", "test_trainer_synthetic.py", "test_trainer_parallel.py")
 """Files that start first, so that no process is left alone with one of them at the end."""
@@ -33,6 +34,13 @@ torch.set_num_threads(1)  # the models here are so small that threads only get i
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is kept in the user's cache is of this run alone."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def with_settings(changes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a dataset, those of its `Settings` together."""
+    names = {f.name for f in fields(Settings)}
+    found = {k: v for k, v in changes.items() if k not in names}
+    return found | {"settings": Settings(**{k: v for k, v in changes.items() if k in names})}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from actstore.errors import StreamError
+from actstore.stream.columns import normalising_factor
 from actstore.stream.dataset import ActivationDataset
 
 STATE_FILE = "actstore_stream.json"
@@ -108,10 +109,8 @@ def scaling_factor(dataset: ActivationDataset, site: str | None = None) -> float
         if len(dataset.sites) != 1:
             raise ValueError(f"the data set reads {list(dataset.sites)}; say which site")
         site = dataset.sites[0]
-    stats, delivered = dataset.store.stats(site), dataset.columns[site]
-    if not (stats.mean_sq_norm > 0 and math.isfinite(stats.mean_sq_norm)):
-        raise StreamError(f"the mean squared norm of {site} is {stats.mean_sq_norm}, expected a positive number")
-    return math.sqrt(len(stats.mean) / stats.mean_sq_norm) / delivered.factor
+    column, mean_sq_norm = dataset.columns[site], dataset.mean_sq_norm(site)
+    return math.sqrt(column.shape[0]) * normalising_factor(mean_sq_norm, site) / column.factor
 
 
 def state_saver(dataset: ActivationDataset) -> Callable[[Path | None], None]:
@@ -139,4 +138,4 @@ def load_state(dataset: ActivationDataset, checkpoint_path: str | Path) -> None:
 
 def source(dataset: ActivationDataset) -> dict[str, Any]:
     """Where batches come from, as JSON values: the store's URL, sites, seed and the rest of the reading plan."""
-    return {"url": dataset.store.url, **dataset.state_dict()["plan"]}
+    return {"url": " + ".join(store.url for store in dataset.stores), **dataset.state_dict()["plan"]}

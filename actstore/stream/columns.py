@@ -1,6 +1,6 @@
 """What is loaded of a store, and in which form it is delivered: type, factor, place."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,11 @@ from actstore.errors import StreamError
 from actstore.store.format.fixed import Calibration
 from actstore.store.read.index import ArrayIndex
 from actstore.store.read.store import Store
+from actstore.stream.maps import mappable
 
 Batch = dict[str, NDArray[Any]]
+STACK = "activations"
+"""The tensor of a batch in which sites are stacked [B, sites, d]."""
 RAW = {
     "bfloat16": np.dtype(np.uint16),
     "int16": np.dtype(np.uint16),
@@ -32,6 +35,10 @@ class Column:
     """One array that is loaded."""
 
     name: str
+    store: Store
+    """That holds it."""
+    mapped: bool
+    """Whether its shards are mapped."""
     index: ArrayIndex
     calibration: Calibration | None
     deliver: bool
@@ -40,6 +47,10 @@ class Column:
     """Of the batches."""
     factor: float = 1.0
     """What values are multiplied by."""
+    target: str = ""
+    """The tensor of a batch that it is delivered in: its own, or the one that sites are stacked in."""
+    place: int = 0
+    """Among the sites of a stack."""
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -50,6 +61,16 @@ class Column:
     def chunk_bytes(self) -> int:
         """Of a decoded chunk."""
         return self.index.array.chunk_bytes
+
+    @property
+    def in_place(self) -> bool:
+        """Whether its chunks are used where they lie, stored as they are in a map."""
+        return self.mapped and self.index.array.codec == "none"
+
+    @property
+    def start(self) -> int:
+        """Where its elements begin in a row of the batch."""
+        return self.place * int(np.prod(self.shape))
 
     @cached_property
     def raw(self) -> bool:
@@ -64,7 +85,12 @@ class Column:
     @cached_property
     def host_type(self) -> np.dtype[Any]:
         """Type of a batch in numpy's memory."""
-        return HOST_TYPES.get(self.dtype, np.dtype(np.int32))
+        return host_type(self.dtype)
+
+
+def host_type(dtype: torch.dtype) -> np.dtype[Any]:
+    """How a tensor of a batch lies in numpy's memory."""
+    return HOST_TYPES.get(dtype, np.dtype(np.int32))
 
 
 def natural_dtype(index: ArrayIndex) -> torch.dtype:
@@ -73,30 +99,50 @@ def natural_dtype(index: ArrayIndex) -> torch.dtype:
 
 
 def columns_of(
-    store: Store, names: Iterable[str], filtered: Iterable[str], *, dtype: torch.dtype | None, normalize: bool
+    store: Store,
+    names: Iterable[str],
+    filtered: Iterable[str],
+    *,
+    dtype: torch.dtype | None,
+    factors: Mapping[str, float],
+    stack: Iterable[str] = (),
 ) -> dict[str, Column]:
     """The arrays `names`, which are delivered, and `filtered`, which a filter looks at.
 
-    Sites come in `dtype`, if given, and with `normalize` divided by sqrt(E||x||^2).
+    Sites come in `dtype`, if given, multiplied by their factor; those of `stack` in one tensor, in this order.
     """
     delivered = tuple(names)
+    stacked = tuple(stack)
     found: dict[str, Column] = {}
     for name in dict.fromkeys((*delivered, *filtered)):
         index, site = store.index.arrays[name], name in store.sites
         found[name] = Column(
             name=name,
+            store=store.owner(name),
+            mapped=mappable(store.owner(name)),
             index=index,
             calibration=store.calibration(name) if name in store.index.calibration else None,
             deliver=name in delivered,
             dtype=(dtype if site else None) or natural_dtype(index),
-            factor=normalising_factor(store, name) if site and normalize else 1.0,
+            factor=factors.get(name, 1.0),
+            target=STACK if name in stacked else name,
+            place=stacked.index(name) if name in stacked else 0,
         )
     return found
 
 
-def normalising_factor(store: Store, site: str) -> float:
+def tensors_of(columns: Mapping[str, Column]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape of a row and type of every tensor of a batch."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for c in columns.values():
+        if c.deliver:
+            stacked = sum(other.target == c.target for other in columns.values() if other.deliver)
+            found[c.target] = ((stacked, *c.shape) if c.target == STACK else c.shape), c.dtype
+    return found
+
+
+def normalising_factor(mean_sq_norm: float, site: str) -> float:
     """What brings the mean squared norm of a site to 1; StreamError if its statistics allow none."""
-    mean_sq_norm = store.stats(site).mean_sq_norm
     if not (mean_sq_norm > 0 and np.isfinite(mean_sq_norm)):
         raise StreamError(
             f"the mean squared norm of {site} is {mean_sq_norm}, expected a positive number; look for NaN or "

@@ -1,8 +1,8 @@
-"""`ActivationDataset`: shuffled batches of a store for any trainer.
+"""`ActivationDataset`: shuffled batches of stores for any trainer.
 
-Every batch is a pure function of (store, sites, filter, seed, epoch, step): the same for any number of ranks that
+Every batch is a pure function of (stores, sites, filter, seed, epoch, step): the same for any number of ranks that
 divides `streams`, for any kill and resume, with or without a DataLoader. State is a few integers. Threads do the work;
-use it bare or in `DataLoader(ds, batch_size=None)`, never with several worker processes.
+use it bare or in `DataLoader(ds, batch_size=None)`, never with worker processes.
 """
 
 import logging
@@ -11,74 +11,69 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from actstore.errors import StreamError, mismatch, warn
 from actstore.store.format.spec import PROVENANCE_ARRAYS
 from actstore.store.read.store import Store, open_store, reopen
 from actstore.stream import explain, plan, ranks
-from actstore.stream.columns import Column, columns_of, parse_device, parse_dtype
-from actstore.stream.counts import count_rows
+from actstore.stream.columns import STACK, Column, normalising_factor, parse_device, parse_dtype, tensors_of
 from actstore.stream.device import DeviceMemory, hand_over
 from actstore.stream.filter import RowFilter, Split, max_norms, whole_numbers
-from actstore.stream.filtered import filtered_orders
 from actstore.stream.isolate import IsolatedPipeline, IsolatedProcess
+from actstore.stream.maps import Maps
 from actstore.stream.memory import HostMemory, Memory, Recycler
 from actstore.stream.meter import STALL, Meter
-from actstore.stream.order import StreamOrder
+from actstore.stream.part import Part
 from actstore.stream.pipeline import Pipeline, Reading
 from actstore.stream.plan import Plan
-from actstore.stream.residency import Share
-from actstore.stream.source import Maps, Source, Verify, maps_for
+from actstore.stream.settings import Settings
+from actstore.stream.source import Source
 
 log = logging.getLogger("actstore.stream")
 
 STATE_VERSION = 1
+BATCH_SIZE = 4096
+SHUFFLE_CHUNKS = 64
 WARN_AFTER_S = 10.0
 """Seconds of loops before their consumer is told that it waits."""
 WARN_AFTER_BATCHES = 20
 """And batches: the first one always takes a while."""
 Dtype = Literal["bfloat16", "float16", "float32"]
-
-
+MakeMemory: TypeAlias = Callable[[str, Mapping[str, Column], int], Memory]
+Exhausted = Literal["stop", "repeat"]
+Opened: TypeAlias = str | os.PathLike[str] | Store
 _LIVE: "weakref.WeakSet[ActivationDataset]" = weakref.WeakSet()
 
 
-def _forget_all() -> None:
-    for dataset in list(_LIVE):
-        dataset.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
-
-
 class ActivationDataset(IterableDataset[Any]):
-    """Batches of activations, shuffled, from a store.
+    """Batches of activations, shuffled, from a store, or mixed from several.
 
-    Yields `Tensor [B, d]` for one site, `dict[str, Tensor]` for several or with `with_rows`. bf16 and fixed sites come
-    as bfloat16, f32 sites as float32, unless `dtype` asks for another type; provenance as int32. Every tensor is
-    fresh: change it as you like.
+    Yields `Tensor [B, d]` for one site, `dict[str, Tensor]` for several or with `with_rows`, and with `stack`
+    `Tensor [B, sites, d]`. bf16 and fixed sites come as bfloat16, f32 sites as float32, unless `dtype` asks for another
+    type; provenance as int32. Every tensor is fresh: change it as you like.
     """
 
     def __init__(
         self,
-        url: str | os.PathLike[str] | Store,
+        url: Opened | Mapping[str, float] | Sequence[tuple[Opened, float]],
         *,
         sites: str | Sequence[str],
-        batch_size: int = 4096,
+        batch_size: int | None = None,
+        per_rank_batch_size: int | None = None,
         seed: int = 0,
         epoch: int = 0,
+        steps: int | None = None,
+        max_rows: int | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
         with_rows: bool = False,
+        stack: bool = False,
         dtype: Dtype | torch.dtype | None = None,
         normalize: Literal["unit_mean_square"] | None = None,
         drop_positions: Sequence[int] = (),
@@ -88,34 +83,34 @@ class ActivationDataset(IterableDataset[Any]):
         held_out: float = 0.0,
         split: Split = "train",
         streams: int = 8,
-        shuffle_chunks: int = 64,
+        shuffle_chunks: int | None = None,
+        exhausted: Exhausted = "stop",
         rank: int | None = None,
         world_size: int | None = None,
-        threads: int | None = None,
-        max_inflight: int | None = None,
-        memory_budget: int | None = None,
-        prefetch: int = 4,
         device: str | torch.device | None = None,
-        isolate: bool = False,
-        on_error: Literal["raise", "skip"] = "raise",
-        skip_chunks: int = 16,
-        verify: Verify = "once",
-        replay: bool = False,
+        settings: Settings = Settings(),  # noqa: B008  frozen
     ) -> None:
-        """Plan the reading of a store; only metadata is read yet, and with a filter the columns that it looks at.
+        """Plan the reading; only metadata is read yet, and with a filter the columns that it looks at.
 
         Args:
-            url: the store, or an open one.
+            url: the store, or an open one (`actstore.join` reads row-aligned stores as one); or several to be mixed, as
+                {url: weight} or [(store, weight), ...] with weights that sum to 1.
             sites: one site name or several (row-aligned).
-            batch_size: rows of the global batch; each rank yields batch_size / world_size of them.
+            batch_size: rows of the global batch, 4096 by default; each rank yields batch_size / world_size of them.
+            per_rank_batch_size: instead, the rows that each rank yields.
             seed: key of the order.
             epoch: first epoch; after the end of one iteration the next begins the next epoch.
+            steps: end an epoch after so many batches; `max_rows`: or after so many rows.
+            max_rows: see `steps`.
             shuffle: False reads in stored order (which is itself shuffled within buckets).
             drop_last: leave out the last, short batch.
             with_rows: also yield `sequence`, `position` and `token_id` [B].
+            stack: deliver the sites, which have one width, as one tensor [B, sites, d] (with `with_rows` under
+                "activations").
             dtype: type of the activations: bfloat16, float16 or float32; default as stored, see above.
-            normalize: "unit_mean_square" divides by sqrt(E||x||^2) of the store, so that the mean squared norm is 1
-                (Gemma Scope, arXiv 2408.05147 sec. 3.1). The mean is over all committed rows, whatever the filter.
+            normalize: "unit_mean_square" divides by sqrt(E||x||^2), so that the mean squared norm is 1 (Gemma Scope,
+                arXiv 2408.05147 sec. 3.1). The mean is over all committed rows, whatever the filter, and over mixed
+                stores by their weights.
             drop_positions: positions in the sequence to leave out, such as (0, 1).
             drop_tokens: token ids to leave out.
             max_norm: leave out rows with a greater L2 norm than this, of any site or by site, in stored units. Unlike
@@ -125,22 +120,12 @@ class ActivationDataset(IterableDataset[Any]):
             held_out: share of sequences that are kept from training; the same ones for every seed.
             split: "train" reads the others, "held_out" reads them.
             streams: canonical streams S; world sizes that divide S see the same global order.
-            shuffle_chunks: chunks mixed at any time, over all streams.
+            shuffle_chunks: chunks mixed at any time, over all streams, a multiple of them; about 64 by default.
+            exhausted: "stop" ends an epoch of mixed stores with the first one that has no batch left; "repeat" when
+                each has been read once, and reads the smaller ones anew, in new order, as often as needed.
             rank, world_size: default from torch.distributed as it is when a loop begins, else 0 of 1.
-            threads: threads that decode and gather; default one a core, less under torchrun with several ranks.
-            max_inflight: requests under way at a time; default 16 for object stores, and for a directory none but
-                those of the decoding threads themselves.
-            memory_budget: bytes for chunks, reads and batches in memory; default what the plan needs plus read-ahead.
-            prefetch: batches ready in advance.
             device: deliver batches on this device, such as "cuda"; chunks lie and rows are gathered there.
-            isolate: run the pipeline in a process of its own, with one more copy of each batch.
-            on_error: "skip" goes on without chunks that can't be read, and counts them in `stats()`; their rows are
-                missing from their batches.
-            skip_chunks: chunks an epoch that "skip" may leave out before it raises.
-            verify: "once" checks a chunk of a local file the first time that it is loaded, "every" each time; what
-                arrives from an object store is always checked.
-            replay: read a few batches once and repeat these very tensors for the rest of the epoch: the rate of a
-                trainer that never waits. Don't change them.
+            settings: threads, memory and the like, see `Settings`.
 
         Raises:
             ValueError: for settings that can't be carried out, with the numbers and the nearest value that works.
@@ -148,207 +133,229 @@ class ActivationDataset(IterableDataset[Any]):
 
         """
         super().__init__()
-        self._store, self._snapshot = url if isinstance(url, Store) else open_store(url), None
+        stores, weights = _opened(url)
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
-        self._single = isinstance(sites, str) and not with_rows
+        self.settings, self._single = settings, isinstance(sites, str) and not with_rows
         self._given_rank = (rank, world_size)
-        where = RowFilter(
-            drop_positions=whole_numbers("drop_positions", drop_positions),
-            drop_tokens=whole_numbers("drop_tokens", drop_tokens),
-            max_norm=max_norms(max_norm, self.sites, self._sites_to_clean() if drop_nonfinite else ()),
-            held_out=held_out,
-            split=split,
-        )
-        self._plan = Plan(
-            store=self.store.fingerprint,
-            sites=self.sites,
-            seed=seed,
-            batch_size=batch_size,
-            streams=streams,
-            shuffle_chunks=shuffle_chunks,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            where=where,
-        )
-        plan.check(self._plan, self.store, self._place()[1])
-        self._names = self.sites + (PROVENANCE_ARRAYS if with_rows else ())
-        self._dtype = parse_dtype(dtype)
         if normalize not in (None, "unit_mean_square"):
             raise ValueError(f"normalize is {normalize!r}, expected 'unit_mean_square' or None")
-        self._normalize = normalize
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
-        self._skip_chunks = max(skip_chunks, 0) if on_error == "skip" else 0
-        self._workers, self._fetchers = plan.pool_threads(self.store, threads, max_inflight)
-        if prefetch < 1:
-            raise ValueError(f"prefetch is {prefetch}, expected at least 1")
-        self._prefetch, self._budget, self._replay = prefetch, memory_budget, replay
-        if verify not in ("once", "every"):
-            raise ValueError(f"verify is {verify!r}, expected 'once' or 'every'")
-        self._verify: Verify = verify
-        self._orders: tuple[int, Mapping[int, StreamOrder]] | None = None
-        self._device = parse_device(device)
-        self._isolate = isolate
-        if isolate and self.store.url.startswith("memory://"):
+        if exhausted not in ("stop", "repeat"):
+            raise ValueError(f"exhausted is {exhausted!r}, expected 'stop' or 'repeat'")
+        if settings.isolate and any(store.url.startswith("memory://") for store in stores):
             raise ValueError("isolate needs a store that another process can open; memory:// is in this one")
-        if isolate and not hasattr(os, "memfd_create"):
-            raise ValueError("isolate needs Linux, whose shared memory can do without a name")
+        self._arguments: dict[str, Any] = {
+            "sites": list(self.sites) if not isinstance(sites, str) else sites,
+            "batch_size": self._batch_size(batch_size, per_rank_batch_size),
+            "seed": seed, "shuffle": shuffle, "drop_last": drop_last, "with_rows": with_rows, "stack": stack,
+            "steps": steps, "max_rows": max_rows, "dtype": _dtype_name(dtype), "normalize": normalize,
+            "drop_positions": list(drop_positions), "drop_tokens": list(drop_tokens),
+            "max_norm": dict(max_norm) if isinstance(max_norm, Mapping) else max_norm,
+            "drop_nonfinite": drop_nonfinite, "held_out": held_out, "split": split, "streams": streams,
+            "shuffle_chunks": shuffle_chunks, "exhausted": exhausted,
+        }  # fmt: skip
+        self._stack, self._exhausted, self._device = stack, exhausted, parse_device(device)
         self._epoch, self._step, self._resume = epoch, 0, False
         self.set_epoch(epoch)
-        self.meter, self.recycler = Meter(), Recycler(self._prefetch + 2)
+        self._parts = self._make_parts(stores, weights)
+        for part in self._parts:
+            part.place(*self._place())
+            plan.check_rows(part.plan, part.rows)
+        self._steps = self._count_steps(steps, max_rows)
+        self.meter, self.recycler, self._maps = self._fresh()
         self._pipeline: Pipeline | IsolatedPipeline | None = None
         self._process: IsolatedProcess | None = None
+        self._snapshots: list[dict[str, Any]] | None = None
         self._warned = False
-        self._fingerprint_state = self._plan.to_json()
-        plan.check_rows(self._plan, self.rows)
+        self._plan_state = self._plan_json()
         self._fit()
         _LIVE.add(self)
-        for line in self.store.remarks(self.sites):
-            warn(f"{self.store.url}: {line}")
+        for store in stores:
+            for line in store.remarks(self.sites):
+                warn(f"{store.url}: {line}")
 
-    @property
-    def store(self) -> Store:
-        """The store, as it was when the dataset was made; a forked child opens it anew."""
-        if self._snapshot is not None:
-            self._store, self._snapshot = reopen(self._snapshot), None
-        return self._store
+    def _batch_size(self, batch_size: int | None, per_rank: int | None) -> int:
+        if per_rank is None:
+            return BATCH_SIZE if batch_size is None else batch_size
+        if batch_size is not None:
+            raise ValueError("give batch_size, which is global, or per_rank_batch_size, not both")
+        return per_rank * self._place()[1]
 
-    def forget(self) -> None:
-        """In a forked child: threads, locks and most clients of object stores are the parent's."""
-        self._snapshot = self._snapshot or self._store.snapshot()
-        if self._process is not None:
-            self._process.abandon()
-        self._pipeline, self._process = None, None
-        self.meter, self.recycler = Meter(), Recycler(self._prefetch + 2)
-        self.__dict__.pop("_maps", None)
+    def _make_parts(self, stores: list[Store], weights: list[float]) -> list[Part]:
+        a, world = self._arguments, self._place()[1]
+        mixed = a["shuffle_chunks"]
+        if mixed is None:
+            mixed = max(1, round(SHUFFLE_CHUNKS / max(a["streams"], 1))) * a["streams"]
+        common = Plan(
+            store="",
+            sites=self.sites,
+            seed=a["seed"],
+            batch_size=a["batch_size"],
+            streams=a["streams"],
+            shuffle_chunks=mixed,
+            shuffle=a["shuffle"],
+            drop_last=a["drop_last"],
+            where=RowFilter(),
+        )
+        for store in stores:
+            plan.check(common, store, world)
+        sizes = plan.shares(weights, common.batch_size, common.streams) if len(stores) > 1 else [common.batch_size]
+        self._weights = [size / common.batch_size for size in sizes]
+        factors: dict[str, float] = {}
+        if a["normalize"] is not None:
+            norms = {site: _mean_sq_norm(stores, self._weights, site) for site in self.sites}
+            factors = {site: normalising_factor(norm, site) for site, norm in norms.items()}
+        workers, fetchers = plan.pool_threads(stores, self.settings)
+        self._threads = workers, fetchers
+        names = self.sites + (PROVENANCE_ARRAYS if a["with_rows"] else ())
+        parts: list[Part] = []
+        for store, size in zip(stores, sizes, strict=True):
+            mine = replace(common, store=store.fingerprint, batch_size=size, where=self._filter(store))
+            dtype = parse_dtype(a["dtype"])
+            more = {"dtype": dtype, "factors": factors, "stack": self._stack, "threads": max(workers, fetchers)}
+            parts.append(Part(store, mine, names, **more))
+        self._check_tensors(parts)
+        return parts
 
-    def _sites_to_clean(self) -> tuple[str, ...]:
-        """Sites that are read and have rows with NaN or infinity."""
-        sums = self.store.index.stats
-        return tuple(s for s in self.sites if s in sums and sums[s].nonfinite)
+    def _filter(self, store: Store) -> RowFilter:
+        a, sums = self._arguments, store.index.stats
+        dirty = [s for s in self.sites if s in sums and sums[s].nonfinite] if a["drop_nonfinite"] else []
+        return RowFilter(
+            drop_positions=whole_numbers("drop_positions", a["drop_positions"]),
+            drop_tokens=whole_numbers("drop_tokens", a["drop_tokens"]),
+            max_norm=max_norms(a["max_norm"], self.sites, tuple(dirty)),
+            held_out=a["held_out"],
+            split=a["split"],
+        )
+
+    def _check_tensors(self, parts: list[Part]) -> None:
+        """ValueError unless sites to be stacked have one width, and mixed stores deliver the same tensors."""
+        widths = {site: parts[0].columns[site].shape for site in self.sites}
+        if self._stack and len(set(widths.values())) > 1:
+            said = ", ".join(f"{site} {shape[0]}" for site, shape in widths.items())
+            raise ValueError(f"stack needs sites of one width; widths are {said}")
+        for part in parts[1:]:
+            for name, (shape, dtype) in tensors_of(parts[0].columns).items():
+                there = tensors_of(part.columns)[name]
+                if there != (shape, dtype):
+                    raise ValueError(
+                        f"{name} is {list(shape)} {dtype} in {parts[0].store.url} and {list(there[0])} {there[1]} in "
+                        f"{part.store.url}; mixed stores need equal widths, and dtype= makes types equal"
+                    )
+
+    def _count_steps(self, steps: int | None, max_rows: int | None) -> int:
+        """Batches of an epoch."""
+        if self._exhausted == "stop":
+            found = min(part.steps for part in self._parts)
+        else:
+            found = max(part.steps for part in self._parts)
+        if max_rows is not None:
+            steps = min(max_rows // self._arguments["batch_size"], found if steps is None else steps)
+        if steps is not None and not 1 <= steps <= found:
+            raise ValueError(
+                f"steps or max_rows ask for {steps} batches of {self._arguments['batch_size']} rows, expected 1 to the "
+                f"{found} of an epoch"
+            )
+        return found if steps is None else steps
+
+    def _plan_json(self) -> dict[str, Any]:
+        plans = [part.plan.to_json() for part in self._parts]
+        limit = {} if self._arguments["steps"] is None and self._arguments["max_rows"] is None else {"steps": len(self)}
+        if len(plans) == 1:
+            return plans[0] | limit
+        numbered = {f"{k} of store {i}": v for i, p in enumerate(plans) for k, v in p.items()}
+        return {"exhausted": self._exhausted, **limit, **numbered}
+
+    def _fresh(self) -> tuple[Meter, Recycler, Maps]:
+        return Meter(), Recycler(self.settings.prefetch + 2), Maps(self.settings.verify)
 
     def _place(self) -> tuple[int, int]:
         """Rank and world size: as given, else those of torch.distributed by now."""
         return ranks.distributed(*self._given_rank)
 
-    @cached_property
-    def _geometry(self) -> plan.Geometry:
-        return plan.geometry_of(self.store)
+    def _forget(self) -> None:
+        """In a forked child: threads, locks and most clients of object stores are the parent's."""
+        self._snapshots = self._snapshots or [part.store.snapshot() for part in self._parts]
+        if self._process is not None:
+            self._process.abandon()
+        self._pipeline = self._process = None
+        self.meter, self.recycler, self._maps = self._fresh()
 
-    @cached_property
-    def _counts(self) -> NDArray[np.int64] | None:
-        """Rows of every chunk that pass the filter; None without one."""
-        if not self._plan.where:
-            return None
-        return count_rows(self.store, self._plan.where, threads=max(self._workers, self._fetchers))
+    def _reopen(self) -> None:
+        """In a forked child: open the stores as the parent had them."""
+        if self._snapshots is not None:
+            stores = [reopen(snapshot) for snapshot in self._snapshots]
+            self._parts, self._snapshots = self._make_parts(stores, self._weights), None
+        for part in self._parts:
+            part.place(*self._place())
 
-    @cached_property
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The stores, as they were when the dataset was made."""
+        self._reopen()
+        return tuple(part.store for part in self._parts)
+
+    @property
+    def store(self) -> Store:
+        """The store, as it was when the dataset was made; ValueError if there are several."""
+        if len(self._parts) > 1:
+            raise ValueError("the dataset mixes several stores; see ds.stores")
+        return self.stores[0]
+
+    @property
     def rows(self) -> int:
-        """Rows of an epoch over all ranks, before `drop_last`."""
-        return self._geometry.rows if self._counts is None else int(self._counts.sum())
+        """Rows of an epoch over all ranks, before `drop_last`; of mixed stores, those of its batches."""
+        return self._parts[0].rows if len(self._parts) == 1 else len(self) * self._arguments["batch_size"]
 
-    @cached_property
+    def _all_rows(self) -> int:
+        return sum(part.rows for part in self._parts)
+
+    @property
     def columns(self) -> dict[str, Column]:
-        """The arrays that are loaded, and how each is delivered."""
-        return columns_of(
-            self.store,
-            self._names,
-            self._plan.where.columns,
-            dtype=self._dtype,
-            normalize=self._normalize is not None,
-        )
+        """The arrays that are loaded of the (first) store, and how each is delivered."""
+        return self._parts[0].columns
 
-    def _needs(self) -> plan.Needs:
-        columns, world = self.columns, self._place()[1]
-        placed = [c for n, c in columns.items() if n not in self.mapped]
-        pieces = [self._order(self._epoch, s).pieces for s in self._streams()]
-        filtered = None if self._counts is None else int(np.count_nonzero(self._counts))
-        least, kept = plan.chunks_needed(self._plan, pieces, filtered)
-        return plan.Needs(
-            chunk=sum(c.chunk_bytes for c in placed),
-            read=0 if self._maps is not None else sum(c.chunk_bytes for c in columns.values()),
-            batch=sum(c.row_bytes for c in columns.values() if c.deliver) * self._batch_rows(),
-            least=least,
-            kept=kept,
-            streams=self._plan.streams // world,
-            chunks=sum(pieces),
-        )
-
-    @cached_property
-    def _maps(self) -> Maps | None:
-        return maps_for(self.store, self._verify)
-
-    @cached_property
-    def mapped(self) -> frozenset[str]:
-        """Columns whose chunks are used where they lie."""
-        return frozenset(n for n, c in self.columns.items() if self._maps is not None and c.index.array.codec == "none")
-
-    def _batch_rows(self) -> int:
-        """Rows of this rank's largest batch."""
-        world = self._place()[1]
-        return self._plan.batch_size // world + (0 if self._plan.drop_last else self._plan.streams // world)
-
-    def _streams(self) -> tuple[int, ...]:
-        rank, world = self._place()
-        return tuple(range(rank, self._plan.streams, world))
-
-    def _fit(self) -> plan.Fit:
-        return plan.fit(
-            self._needs(),
-            workers=self._workers,
-            fetchers=self._fetchers,
-            prefetch=self._prefetch,
-            budget=None if self._budget is None else int(self._budget),
-        )
+    def mean_sq_norm(self, site: str) -> float:
+        """E||x||^2 of a site over all committed rows, in stored units; over mixed stores by their weights."""
+        return _mean_sq_norm(self.stores, self._weights, site)
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""
-        return plan.steps(self._plan, self.rows)
+        return self._steps
 
-    def _order(self, epoch: int, stream: int) -> StreamOrder:
-        if self._orders is None or self._orders[0] != epoch:
-            self._orders = epoch, self._orders_of(epoch)
-        return self._orders[1][stream]
-
-    def _orders_of(self, epoch: int) -> Mapping[int, StreamOrder]:
-        p = self._plan
-        keys: dict[str, Any] = {
-            "seed": p.seed,
-            "epoch": epoch,
-            "streams": p.streams,
-            "mix": p.mix,
-            "shuffle": p.shuffle,
-        }
-        if self._counts is None:
-            return {s: StreamOrder(self._geometry, stream=s, **keys) for s in self._streams()}
-        return filtered_orders(self._geometry, self._counts, self._streams(), **keys)
-
-    def pipeline(self, memory: Callable[[Mapping[str, Column], int], Memory], *, epoch: int, step: int) -> Pipeline:
-        """A pipeline for the rest of an epoch; `memory` makes its memory for columns and a number of buffers."""
-        columns, fit = self.columns, self._fit()
-        share = Share(
-            columns=columns,
-            where=self._plan.where,
-            streams=self._streams(),
-            order=lambda lap, stream: self._order(epoch + lap, stream),
-            steps=len(self),
-            rows=self._plan.batch_size // self._plan.streams,
-            whole=not self._plan.drop_last,
-            buffers=fit.buffers,
-            keep=fit.keep,
+    def __repr__(self) -> str:
+        """What it reads, and where it stands."""
+        return (
+            f"<ActivationDataset {' + '.join(part.store.url for part in self._parts)}: {', '.join(self.sites)}, "
+            f"{len(self):,} batches of {self._arguments['batch_size']} rows, epoch {self._epoch}, step {self._step}>"
         )
+
+    def _fit(self) -> tuple[list[plan.Fit], int]:
+        return plan.fit(
+            [part.needs(self._epoch) for part in self._parts],
+            workers=self._threads[0],
+            fetchers=self._threads[1],
+            prefetch=self.settings.prefetch,
+            budget=self.settings.budget,
+        )
+
+    def pipeline(self, memory: MakeMemory, *, epoch: int, step: int) -> Pipeline:
+        """A pipeline for the rest of an epoch; `memory` makes that of a store: its name, columns, number of buffers."""
+        fits, _ = self._fit()
+        # a store that repeats has several epochs of its own in one of the dataset's
+        shares = [p.share(fit, epoch * -(-len(self) // p.steps)) for p, fit in zip(self._parts, fits, strict=True)]
         reading = Reading(
-            shares=(share,),
+            shares=tuple(shares),
             steps=range(step, len(self)),
-            batch_rows=self._batch_rows(),
-            workers=self._workers,
-            fetchers=self._fetchers,
-            prefetch=self._prefetch,
-            skip_chunks=self._skip_chunks,
+            batch_rows=sum(part.batch_rows for part in self._parts),
+            workers=self._threads[0],
+            fetchers=self._threads[1],
+            prefetch=self.settings.prefetch,
+            skip_chunks=self.settings.skips,
         )
         stopping = threading.Event()
-        source = Source(self.store, self._maps, stopping)
-        return Pipeline((source,), reading, (memory(columns, fit.buffers),), self.meter, stopping)
+        owners = {c.store.url: c.store for part in self._parts for c in part.columns.values()}
+        memories = [memory(str(i), share.columns, share.buffers) for i, share in enumerate(shares)]
+        return Pipeline(Source(owners.values(), self._maps, stopping), reading, memories, self.meter, stopping)
 
     def __iter__(self) -> Iterator[Any]:
         """One epoch, or the rest of one after `load_state_dict`; the epoch then advances."""
@@ -358,9 +365,12 @@ class ActivationDataset(IterableDataset[Any]):
                 f"num_workers is {worker.num_workers}; the loader has threads of its own and its state is this "
                 "process's: use DataLoader(ds, batch_size=None, num_workers=0), or isolate=True for another process"
             )
-        ranks.refuse_accelerate(self._place()[1])
-        plan.check(self._plan, self.store, self._place()[1])
-        return self._replayed() if self._replay else self._batches()
+        world = self._place()[1]
+        ranks.refuse_accelerate(world)
+        self._reopen()
+        for part in self._parts:
+            plan.check(part.plan, part.store, world)
+        return self._replayed() if self.settings.replay else self._batches()
 
     def _start(self) -> Pipeline | IsolatedPipeline:
         """Begin to read where the dataset stands: only when the first batch is asked for, so nothing is left behind."""
@@ -368,18 +378,17 @@ class ActivationDataset(IterableDataset[Any]):
         if not self._resume:
             self._step = 0
         self._resume = False
-        self._pipeline = self._begin()
+        position = {"epoch": self._epoch, "step": self._step}
+        if self.settings.isolate:
+            self._pipeline = self._isolated().begin(**position)
+        else:
+            self._pipeline = self.pipeline(self._memory, **position)
         return self._pipeline
 
-    def _begin(self) -> Pipeline | IsolatedPipeline:
-        position = {"epoch": self._epoch, "step": self._step}
-        if self._isolate:
-            return self._isolated().begin(**position)
+    def _memory(self, name: str, columns: Mapping[str, Column], buffers: int) -> Memory:
         if self._device is not None:
-            device = self._device
-            return self.pipeline(lambda columns, buffers: DeviceMemory(columns, buffers, device), **position)
-        recycler, mapped = self.recycler, self.mapped
-        return self.pipeline(lambda columns, buffers: HostMemory(columns, buffers, recycler, mapped=mapped), **position)
+            return DeviceMemory(columns, buffers, self._device)
+        return HostMemory(columns, buffers, self.recycler, name=name)
 
     def _isolated(self) -> IsolatedProcess:
         """The process that runs the pipelines, started for the first one."""
@@ -387,10 +396,16 @@ class ActivationDataset(IterableDataset[Any]):
             rank, world = self._place()
             self._end_process()
             self._process = IsolatedProcess(
-                self._settings() | {"store": self.store.snapshot(), "rank": rank, "world_size": world},
+                {
+                    **self._arguments,
+                    "stores": [(part.store.snapshot(), w) for part, w in zip(self._parts, self._weights, strict=True)],
+                    "settings": asdict(self.settings) | {"isolate": False, "replay": False},
+                    "rank": rank,
+                    "world_size": world,
+                },
                 self.columns,
-                rows=self._batch_rows(),
-                prefetch=self._prefetch,
+                rows=sum(part.batch_rows for part in self._parts),
+                prefetch=self.settings.prefetch,
                 meter=self.meter,
                 recycler=self.recycler,
             )
@@ -402,42 +417,42 @@ class ActivationDataset(IterableDataset[Any]):
             self._process = None
 
     def _batches(self) -> Iterator[Any]:
-        pipeline = self._start()
-        steps, began, before = len(self), time.perf_counter(), self.meter.elapsed_s
+        pipeline, began, before = self._start(), time.perf_counter(), self.meter.elapsed_s
         try:
             while (batch := pipeline.next()) is not None:
                 self.meter.elapsed_s = before + time.perf_counter() - began
-                self._advance(steps)
+                self._advance()
                 self._watch()
                 yield self._deliver(batch)
         finally:
             pipeline.close()
 
-    def _advance(self, steps: int) -> None:
+    def _advance(self) -> None:
         self._step += 1
-        if self._step == steps:
+        if self._step == len(self):
             self._epoch, self._step = self._epoch + 1, 0
 
     def _replayed(self) -> Iterator[Any]:
         """The first batches of the epoch, again and again until its end."""
-        pipeline = self._start()
-        steps, resident = len(self), []
+        pipeline, resident = self._start(), list[Any]()
         try:
-            while len(resident) < self._prefetch and (batch := pipeline.next()) is not None:
+            while len(resident) < self.settings.prefetch and (batch := pipeline.next()) is not None:
                 resident.append(self._deliver(batch))
         finally:
             pipeline.close()
-        for i in range(self._step, steps):
-            self._advance(steps)
+        for i in range(self._step, len(self)):
+            self._advance()
             yield resident[i % len(resident)]
 
     def _deliver(self, batch: Any) -> Any:
         """A batch of the pipeline as the consumer gets it."""
-        if not self._isolate and self._device is not None:
+        if not self.settings.isolate and self._device is not None:
             batch = hand_over(batch)
         elif self._device is not None:
             batch = {n: t.to(self._device, non_blocking=True) for n, t in batch.items()}
         self.meter.delivered_bytes += sum(t.nbytes for t in batch.values())
+        if self._stack and len(batch) == 1:
+            return batch[STACK]
         return batch[self.sites[0]] if self._single else batch
 
     def _watch(self) -> None:
@@ -456,7 +471,7 @@ class ActivationDataset(IterableDataset[Any]):
             )
 
     def _bound(self) -> str:
-        return self.meter.bound(fetchers=self._fetchers, workers=self._workers)
+        return self.meter.bound(fetchers=self._threads[1], workers=self._threads[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Start the next iteration at the beginning of `epoch`; a no-op for the epoch that a loaded state is in."""
@@ -471,30 +486,30 @@ class ActivationDataset(IterableDataset[Any]):
         return self._epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and plan, counted at yield: JSON values, under 1 kB."""
-        return {
-            "version": STATE_VERSION,
-            "epoch": self._epoch,
-            "step": self._step,
-            "plan": dict(self._fingerprint_state),
-        }
+        """Position and plan, counted at yield: JSON values, under 1 kB for one store."""
+        return {"version": STATE_VERSION, "epoch": self._epoch, "step": self._step, "plan": dict(self._plan_state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`; `MismatchError` names every field of the plan that differs."""
         if state.get("version") != STATE_VERSION:
             raise StreamError(f"state version is {state.get('version')!r}, expected {STATE_VERSION}")
-        here = self._fingerprint_state
         missing = {"plan", "epoch", "step"} - state.keys()
         if missing:
             raise StreamError(f"the state lacks {', '.join(sorted(missing))}; expected what state_dict() returned")
-        if state["plan"] != here:
+        if state["plan"] != self._plan_state:
             remedy = "Open the dataset with the settings of the state, or start without it."
-            raise mismatch("the reading plan of this state", state["plan"], here, remedy)
+            raise mismatch("the reading plan of this state", state["plan"], self._plan_state, remedy)
         epoch, step = state["epoch"], state["step"]
         if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 0 or not 0 <= step < max(1, len(self)):
             raise StreamError(f"state is at epoch {epoch!r}, step {step!r}; an epoch has {len(self)} steps")
         self._stop()
         self._epoch, self._step, self._resume = epoch, step, True
+
+    def _like(self, stores: Sequence[tuple[Opened, float]]) -> "ActivationDataset":
+        """A dataset of the same settings."""
+        rank, world = self._given_rank
+        more: dict[str, Any] = {"rank": rank, "world_size": world, "device": self._device, "settings": self.settings}
+        return ActivationDataset(stores, **self._arguments, **more)
 
     def refresh(self) -> int:
         """Plan anew over the buckets that are committed by now; returns the rows gained.
@@ -502,16 +517,15 @@ class ActivationDataset(IterableDataset[Any]):
         For training while capture goes on. If there are any, the next loop begins a new epoch over all of them, and
         states of the old plan are refused. Never happens by itself.
         """
-        settings: dict[str, Any] = self._settings() | {"replay": self._replay, "device": self._device}
-        fresh = ActivationDataset(self.store.url, **settings)
-        gained = fresh.rows - self.rows
-        if fresh.store.fingerprint != self.store.fingerprint:
+        grown = [reopen(store.snapshot(), grown=True) for store in self.stores]
+        fresh = self._like(list(zip(grown, self._weights, strict=True)))
+        gained = fresh._all_rows() - self._all_rows()  # noqa: SLF001  of this class
+        if fresh.state_dict()["plan"] != self._plan_state:
             self._stop()
             self._end_process()
             epoch = self._epoch + (self._step > 0)
-            meter, recycler, isolate = self.meter, self.recycler, self._isolate
-            self.__dict__.update(fresh.__dict__)
-            self._epoch, self.meter, self.recycler, self._isolate = epoch, meter, recycler, isolate
+            kept = {"meter": self.meter, "recycler": self.recycler, "_epoch": epoch}
+            self.__dict__.update(fresh.__dict__ | kept)
         return gained
 
     def stats(self) -> dict[str, Any]:
@@ -531,7 +545,8 @@ class ActivationDataset(IterableDataset[Any]):
 
         `pairs` is (D - 1) / rho: how much correlation rho within a sequence inflates the variance of a batch gradient,
         (B - 1)(L - 1) / (W K) for B rows a batch, L kept rows a sequence, W rows a bucket, K chunks mixed
-        (`docs/streaming.md`); L is the sequence length less BOS, where the store's provenance has it.
+        (`docs/streaming.md`); L is the sequence length less BOS, where the store's provenance has it. Of mixed stores
+        `stores` has the figures of each.
 
         Args:
             probe: read a few chunks and time the stages; False leaves rate and bound out.
@@ -539,25 +554,29 @@ class ActivationDataset(IterableDataset[Any]):
             price_gb: dollars for a GB (1e9 bytes) that is read.
 
         """
-        return explain.explain(
-            self.store,
-            self._plan,
-            self.columns,
-            self._fit(),
-            steps=len(self),
-            rows=self.rows,
-            world=self._place()[1],
-            threads=(self._workers, self._fetchers),
-            probe=probe,
-            prices=(price_gets, price_gb),
-        )
+        self._reopen()
+        fits, memory = self._fit()
+        found = [
+            explain.explain(
+                part,
+                fit,
+                laps=len(self) / part.steps,
+                world=self._place()[1],
+                threads=self._threads,
+                probe=probe,
+                prices=(price_gets, price_gb),
+            )
+            for part, fit in zip(self._parts, fits, strict=True)
+        ]
+        whole = explain.together(found) | {"steps": len(self), "memory_bytes": memory}
+        on_gpu = self._device is not None and self._device.type == "cuda" and not self.settings.isolate
+        return whole | {"rows": self.rows, "gpu_bytes": whole["pool_bytes"] if on_gpu else 0}
 
     def close(self) -> None:
         """Stop all threads and let go of the memory; iterating again takes new ones."""
         self._stop()
         self._end_process()
-        self.recycler = Recycler(self._prefetch + 2)
-        self.__dict__.pop("_maps", None)
+        _, self.recycler, self._maps = self._fresh()
 
     def _stop(self) -> None:
         if self._pipeline is not None:
@@ -574,48 +593,50 @@ class ActivationDataset(IterableDataset[Any]):
         """Close."""
         self.close()
 
-    def _settings(self) -> dict[str, Any]:
-        """Arguments, as JSON values, that make this dataset again in another process, without device and isolation."""
-        p, w = self._plan, self._plan.where
-        return {
-            "sites": self.sites[0] if len(self.sites) == 1 and self._single else list(self.sites),
-            "batch_size": p.batch_size,
-            "seed": p.seed,
-            "shuffle": p.shuffle,
-            "drop_last": p.drop_last,
-            "with_rows": len(self._names) > len(self.sites),
-            "dtype": str(self._dtype).removeprefix("torch.") if self._dtype is not None else None,
-            "normalize": self._normalize,
-            "drop_positions": list(w.drop_positions),
-            "drop_tokens": list(w.drop_tokens),
-            "max_norm": dict(w.max_norm) or None,
-            "held_out": w.held_out,
-            "split": w.split,
-            "streams": p.streams,
-            "shuffle_chunks": p.shuffle_chunks,
-            "rank": self._given_rank[0],
-            "world_size": self._given_rank[1],
-            "threads": self._workers,
-            "max_inflight": self._fetchers or None,
-            "memory_budget": self._budget,
-            "prefetch": self._prefetch,
-            "on_error": "skip" if self._skip_chunks else "raise",
-            "skip_chunks": self._skip_chunks,
-            "verify": self._verify,
-        }
-
     def __getstate__(self) -> dict[str, Any]:
-        """Settings and position; the receiving process opens the store itself."""
-        more = {"replay": self._replay, "device": self._device, "isolate": self._isolate, "epoch": self._epoch}
+        """Settings and position; the receiving process opens the stores as they are here."""
         return {
-            "settings": self._settings() | more,
-            "single": self._single,
-            "position": (self._step, self._resume),
-            "store": self.store.snapshot(),
+            "arguments": self._arguments,
+            "settings": self.settings,
+            "rank": self._given_rank,
+            "device": self._device,
+            "position": (self._epoch, self._step, self._resume),
+            "stores": [(part.store.snapshot(), w) for part, w in zip(self._parts, self._weights, strict=True)],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open the store as it was, whatever has been committed since."""
-        self.__init__(reopen(state["store"]), **state["settings"])
-        self._single = state["single"]
-        self._step, self._resume = state["position"]
+        """Open the stores as they were, whatever has been committed since."""
+        self._given_rank, self._device, self.settings = state["rank"], state["device"], state["settings"]
+        self._arguments = state["arguments"]
+        fresh = self._like([(reopen(snapshot), weight) for snapshot, weight in state["stores"]])
+        self.__dict__.update(fresh.__dict__)
+        _LIVE.add(self)
+        self._epoch, self._step, self._resume = state["position"]
+
+
+def _forget_all() -> None:
+    for dataset in list(_LIVE):
+        dataset._forget()  # noqa: SLF001
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def _opened(url: Any) -> tuple[list[Store], list[float]]:
+    """The stores of an argument, and their weights."""
+    if isinstance(url, (str, os.PathLike, Store)):
+        url = [(url, 1.0)]
+    pairs = list(url.items() if isinstance(url, Mapping) else url)
+    if not pairs or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"url is {url!r}, expected a store, {{url: weight}} or [(store, weight), ...]")
+    return [u if isinstance(u, Store) else open_store(u) for u, _ in pairs], [float(w) for _, w in pairs]
+
+
+def _mean_sq_norm(stores: Sequence[Store], weights: Sequence[float], site: str) -> float:
+    return sum(w * store.stats(site).mean_sq_norm for store, w in zip(stores, weights, strict=True))
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    found = parse_dtype(dtype)
+    return None if found is None else str(found).removeprefix("torch.")

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actstore.stream.columns import Column
+from actstore.stream.columns import STACK, Column, tensors_of
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int16": torch.int16, "int32": torch.int32}
@@ -101,8 +101,8 @@ class DeviceMemory:
 
     def _empty(self, rows: int) -> dict[str, Tensor]:
         return {
-            n: torch.empty((rows, *self._columns[n].shape), dtype=self._columns[n].dtype, device=self._device)
-            for n in self._pool
+            n: torch.empty((rows, *shape), dtype=dtype, device=self._device)
+            for n, (shape, dtype) in tensors_of(self._columns).items()
         }
 
     def gather(self, batch: DeviceBatch, start: int, buffer: NDArray[np.int64], row: NDArray[np.int64]) -> None:
@@ -117,15 +117,16 @@ class DeviceMemory:
             batch.ready.record(self._stream)
 
     def _gather(self, batch: DeviceBatch, start: int, buffer: Tensor, row: Tensor) -> None:
-        for name, out in batch.tensors.items():
+        for name in self._pool:
             column = self._columns[name]
+            out = batch.tensors[column.target][start : start + len(row)]
             value = _rows(self._pool[name], column, buffer, row)
             if name in self._steps:
                 scale, offset = self._steps[name]
                 value = (value.double() * scale + offset).float()
             if column.factor != 1.0:
                 value = (value.double() * column.factor).float()
-            out[start : start + len(row)].copy_(value)
+            (out[:, column.place] if column.target == STACK else out).copy_(value)
 
     def finish(self, batch: DeviceBatch, rows: int) -> DeviceBatch:
         """The batch, of which `rows` are filled."""

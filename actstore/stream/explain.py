@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from actstore.store.format import codec
-from actstore.store.read.store import Store
 from actstore.stream.columns import Column
 from actstore.stream.memory import HostMemory, Recycler
-from actstore.stream.plan import Fit, Plan
+from actstore.stream.part import Part
+from actstore.stream.plan import Fit
 
 REMEDIES = {
     "fetch": "raise max_inflight, use larger chunks, or move the store nearer",
@@ -24,32 +24,28 @@ PROBE_CHUNKS = 4
 
 
 def explain(
-    store: Store,
-    plan: Plan,
-    columns: Mapping[str, Column],
+    part: Part,
     fit: Fit,
     *,
-    steps: int,
-    rows: int,
+    laps: float,
     world: int,
     threads: tuple[int, int],
     probe: bool,
     prices: tuple[float, float],
 ) -> dict[str, Any]:
-    """See `ActivationDataset.explain`; figures of one rank unless they say otherwise."""
-    spec, mixed = store.spec, plan.mix * plan.streams
+    """See `ActivationDataset.explain`; one store's figures for `laps` of its epochs, of one rank unless they say so."""
+    spec, plan, columns = part.store.spec, part.plan, part.columns
+    mixed = plan.mix * plan.streams
     present = {n: c.index.chunks[c.index.chunks > 0] for n, c in columns.items()}
     chunks = max(len(v) for v in present.values())
     twice = 0 if fit.keep else min((plan.mix - 1) * plan.streams, chunks)
-    again = 1 + twice / max(chunks, 1)
-    stored = sum(int(v.sum(dtype=np.int64)) for v in present.values()) * again / world
-    requests = sum(len(v) for v in present.values()) * again / world
+    again = laps * (1 + twice / max(chunks, 1)) / world
+    stored = sum(int(v.sum(dtype=np.int64)) for v in present.values()) * again
+    requests = sum(len(v) for v in present.values()) * again
     found: dict[str, Any] = {
-        "steps": steps,
-        "rows": rows,
+        "rows_per_batch": plan.batch_size,
         "chunks_mixed": mixed,
-        "pool_bytes": fit.buffers * sum(c.index.array.chunk_bytes for c in columns.values()),
-        "memory_bytes": fit.memory,
+        "pool_bytes": fit.buffers * sum(c.chunk_bytes for c in columns.values() if not c.in_place),
         "read_twice": twice,
         "threads": threads[0],
         "max_inflight": threads[1] or threads[0],
@@ -57,42 +53,62 @@ def explain(
         "stored_bytes": round(stored),
         "dollars": round(requests / 1000 * prices[0] + stored / 1e9 * prices[1], 4),
     }
-    tokens = store.provenance.get("tokens")
+    tokens = part.store.provenance.get("tokens")
     length = tokens.get("seq_len", 0) if isinstance(tokens, dict) else 0
     if isinstance(length, int) and length > 1:
         found["pairs"] = (plan.batch_size - 1) * (length - 2) / (min(spec.bucket_rows, spec.rows) * mixed)
         found["design_effect_at_most"] = 1 + found["pairs"]
     if probe:
-        found |= _expected(store, columns, threads, batch=plan.batch_size // world)
+        found |= _expected(columns, threads, batch=plan.batch_size // world)
     return found
 
 
-def _expected(store: Store, columns: Mapping[str, Column], threads: tuple[int, int], *, batch: int) -> dict[str, Any]:
+def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of all stores of a dataset: of one, its own."""
+    if len(parts) == 1:
+        return parts[0]
+    added = ("rows_per_batch", "chunks_mixed", "pool_bytes", "read_twice", "requests", "stored_bytes", "dollars")
+    whole: dict[str, Any] = {name: sum(part[name] for part in parts) for name in added}
+    whole |= {name: parts[0][name] for name in ("threads", "max_inflight")}
+    if all("expected_gb_s" in part for part in parts):
+        # one pool of threads reads the stores in turn
+        rows = sum(part["rows_per_batch"] for part in parts)
+        seconds = sum(part["rows_per_batch"] / part["expected_rows_s"] for part in parts)
+        whole["expected_rows_s"] = round(rows / seconds)
+        slowest = max(parts, key=lambda part: part["rows_per_batch"] / part["expected_rows_s"])
+        whole["expected_bound"] = slowest["expected_bound"]
+    return whole | {"stores": parts}
+
+
+def _expected(columns: Mapping[str, Column], threads: tuple[int, int], *, batch: int) -> dict[str, Any]:
     """GB/s of each stage on a few chunks, and of the whole."""
     workers, fetchers = threads
     present = np.argwhere(next(iter(columns.values())).index.chunks > 0)
     chosen = present[np.linspace(0, len(present) - 1, min(PROBE_CHUNKS, len(present))).astype(int)]
     memory = HostMemory(columns, len(chosen), Recycler(2))
     spots = [
-        (n, i, c.index.locate(int(p), int(store.index.buckets[p]), int(k)))
+        (c, i, c.index.locate(int(p), int(c.store.index.buckets[p]), int(k)))
         for i, (p, k) in enumerate(chosen)
-        for n, c in columns.items()
+        for c in columns.values()
     ]
-    nbytes = sum(columns[n].index.array.chunk_bytes for n, _, _ in spots)
+    nbytes = sum(c.chunk_bytes for c, _, _ in spots)
     data: dict[tuple[str, int], Any] = {}
 
     def fetch(spot: Any) -> None:
-        name, i, at = spot
-        data[name, i] = store.storage.get_range(at.key, at.offset, at.length)
+        c, i, at = spot
+        data[c.name, i] = c.store.storage.get_range(at.key, at.offset, at.length)
 
     def decode(spot: Any) -> None:
-        name, i, at = spot
-        codec.decode_into(data[name, i], columns[name].index.array.codec, memory.chunk(name, i), at.key)
+        c, i, at = spot
+        out = np.empty(c.chunk_bytes, np.uint8) if c.in_place else memory.chunk(c.name, i)
+        codec.decode_into(data[c.name, i], c.index.array.codec, out, at.key)
+        if c.in_place:
+            memory.take(c.name, i, out)
 
     rng = np.random.default_rng(0)
     rows = min(batch, 4096)
     buffer = rng.integers(0, len(chosen), rows)
-    row = rng.integers(0, store.spec.chunk_rows, rows)
+    row = rng.integers(0, spots[0][0].index.array.chunk_rows, rows)
     target = memory.batch(rows)
     moved = sum(c.index.array.row_bytes for c in columns.values() if c.deliver) * rows
     with ThreadPoolExecutor(max(workers, fetchers)) as pool:

@@ -39,45 +39,48 @@ def _bytes_at(address: int, n: int) -> NDArray[np.uint8]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _planes2(address: _Integers, buffer: _Integers, row: _Integers, rows: int, out: NDArray[np.uint16]) -> None:
-    d = out.shape[1]
+def _planes2(
+    address: _Integers, buffer: _Integers, row: _Integers, rows: int, d: int, at: int, out: NDArray[np.uint16]
+) -> None:
     for i in range(out.shape[0]):
         start = address[buffer[i]] + row[i] * d
-        low, high, target = _bytes_at(start, d), _bytes_at(start + rows * d, d), out[i]
+        low, high, target = _bytes_at(start, d), _bytes_at(start + rows * d, d), out[i, at : at + d]
         for k in range(d):
             target[k] = np.uint16(low[k]) | (np.uint16(high[k]) << np.uint16(8))
 
 
 @numba.njit(nogil=True, cache=True)
-def _planes4(address: _Integers, buffer: _Integers, row: _Integers, rows: int, out: NDArray[np.uint32]) -> None:
-    d = out.shape[1]
+def _planes4(
+    address: _Integers, buffer: _Integers, row: _Integers, rows: int, d: int, at: int, out: NDArray[np.uint32]
+) -> None:
     plane = rows * d
     for i in range(out.shape[0]):
         start = address[buffer[i]] + row[i] * d
         p0, p1 = _bytes_at(start, d), _bytes_at(start + plane, d)
         p2, p3 = _bytes_at(start + 2 * plane, d), _bytes_at(start + 3 * plane, d)
-        target = out[i]
+        target = out[i, at : at + d]
         for k in range(d):
             low = np.uint32(p0[k]) | (np.uint32(p1[k]) << np.uint32(8))
             target[k] = low | (np.uint32(p2[k]) << np.uint32(16)) | (np.uint32(p3[k]) << np.uint32(24))
 
 
 @numba.njit(nogil=True, cache=True)
-def _elements(address: _Integers, buffer: _Integers, row: _Integers, out: NDArray[np.uint8]) -> None:
-    width = out.shape[1]
+def _elements(
+    address: _Integers, buffer: _Integers, row: _Integers, width: int, at: int, out: NDArray[np.uint8]
+) -> None:
     for i in range(out.shape[0]):
-        source, target = _bytes_at(address[buffer[i]] + row[i] * width, width), out[i]
+        source, target = _bytes_at(address[buffer[i]] + row[i] * width, width), out[i, at : at + width]
         for k in range(width):
             target[k] = source[k]
 
 
 @numba.njit(nogil=True, cache=True)
 def _fixed(
-    codes: NDArray[np.int16], scale: NDArray[np.float32], offset: NDArray[np.float32], out: NDArray[np.uint16]
+    codes: NDArray[np.int16], scale: NDArray[np.float32], offset: NDArray[np.float32], at: int, out: NDArray[np.uint16]
 ) -> None:
     for i in range(out.shape[0]):
-        source, target = codes[i], out[i]
-        for k in range(out.shape[1]):
+        source, target = codes[i], out[i, at : at + codes.shape[1]]
+        for k in range(codes.shape[1]):
             target[k] = bf16_bits(fused(np.float32(source[k]), scale[k], offset[k]))  # pyright: ignore[reportCallIssue]  numba passes the context
 
 
@@ -126,21 +129,23 @@ def gather(
     out: NDArray[np.generic],
     array: ArraySpec,
     calibration: Calibration | None = None,
+    at: int = 0,
 ) -> None:
-    """Fill `out` [n, d] with row `row[i]` of the decoded chunk at `address[buffer[i]]`, of an array.
+    """Fill `out` [n, width], from column `at` on, with row `row[i]` of the decoded chunk at `address[buffer[i]]`.
 
     Elements come as they are stored; with the `calibration` of a `fixed` site they are codes, and `out` gets their
     values as bf16 bits (uint16).
     """
     if calibration is None:
-        _stored(address, buffer, row, out, array)
+        _stored(address, buffer, row, out, array, at)
         return
-    codes = np.empty((min(_BLOCK, len(row)), out.shape[1]), np.int16)
+    d = array.shape[1]
+    codes = np.empty((min(_BLOCK, len(row)), d), np.int16)
     for start in range(0, len(row), _BLOCK):
         here = slice(start, min(start + _BLOCK, len(row)))
         block = codes[: here.stop - start]
-        _stored(address, buffer[here], row[here], block, array)
-        _fixed(block, calibration.scale, calibration.offset, out[here].view(np.uint16))
+        _stored(address, buffer[here], row[here], block, array, 0)
+        _fixed(block, calibration.scale, calibration.offset, at, out[here].view(np.uint16))
 
 
 def _stored(
@@ -149,13 +154,16 @@ def _stored(
     row: NDArray[np.int64],
     out: NDArray[np.generic],
     array: ArraySpec,
+    at: int,
 ) -> None:
+    width = array.shape[1] if len(array.shape) > 1 else 1
     if array.codec != "planes":
-        _elements(address, buffer, row, out.view(np.uint8))
+        size = out.dtype.itemsize
+        _elements(address, buffer, row, width * size, at * size, out.view(np.uint8))
     elif out.dtype.itemsize == 2:
-        _planes2(address, buffer, row, array.chunk_rows, out.view(np.uint16))
+        _planes2(address, buffer, row, array.chunk_rows, width, at, out.view(np.uint16))
     else:
-        _planes4(address, buffer, row, array.chunk_rows, out.view(np.uint32))
+        _planes4(address, buffer, row, array.chunk_rows, width, at, out.view(np.uint32))
 
 
 def gather_as(
@@ -166,22 +174,23 @@ def gather_as(
     array: ArraySpec,
     calibration: Calibration | None,
     factor: float,
+    at: int = 0,
 ) -> None:
-    """`gather` with a change of type: `out` [n, d] holds bf16 bits (uint16), float16 or float32.
+    """`gather` with a change of type: `out` [n, width] holds bf16 bits (uint16), float16 or float32.
 
     Stored values become float32(value * factor), computed in float64, then round to the type of `out`. Block by block,
     so that what is between lies in the cache.
     """
-    itemsize = array.dtype.itemsize
-    raw = np.empty((min(_BLOCK, len(row)), out.shape[1]), np.dtype(f"u{itemsize}"))
+    itemsize, d = array.dtype.itemsize, array.shape[1]
+    raw = np.empty((min(_BLOCK, len(row)), d), np.dtype(f"u{itemsize}"))
     middle = np.empty(raw.shape, np.float32)
     steps = () if calibration is None else (calibration.scale, calibration.offset)
     wide_steps = tuple(v.astype(np.float64) for v in steps)
     for start in range(0, len(row), _BLOCK):
         here = slice(start, min(start + _BLOCK, len(row)))
-        block, target = raw[: here.stop - start], out[here]
+        block, target = raw[: here.stop - start], out[here, at : at + d]
         values: NDArray[Any] = target if out.dtype == np.float32 else middle[: len(block)]
-        _stored(address, buffer[here], row[here], block, array)
+        _stored(address, buffer[here], row[here], block, array, 0)
         if wide_steps:
             _dequantise(block.view(np.int16), wide_steps[0], wide_steps[1], factor, values)
         elif itemsize == 2:

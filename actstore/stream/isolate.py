@@ -21,20 +21,24 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from actstore import errors
 from actstore.errors import ActstoreError, StreamError
 from actstore.store.read.store import reopen
-from actstore.stream.columns import Batch, Column
+from actstore.stream.columns import Batch, Column, host_type, tensors_of
 from actstore.stream.memory import HostMemory, Recycler, as_tensor
 from actstore.stream.meter import Meter
+from actstore.stream.settings import Settings
 
 POLL_S = 0.1
 END_S = 5.0
@@ -49,24 +53,23 @@ class _Slots:
     """Batches of at most `rows` rows in shared memory."""
 
     def __init__(self, fd: int, columns: Mapping[str, Column], rows: int, count: int) -> None:
-        self._columns = {n: c for n, c in columns.items() if c.deliver}
-        self._rows = rows
-        self.size = max(count * sum(map(self._bytes, self._columns.values())), 1)
+        self._rows, self._tensors = rows, tensors_of(columns)
+        self._nbytes = {n: self._bytes(*of) for n, of in self._tensors.items()}
+        self.size = max(count * sum(self._nbytes.values()), 1)
         if os.fstat(fd).st_size < self.size:
             os.ftruncate(fd, self.size)
         self._memory = mmap.mmap(fd, self.size)
         self.slots = [self._arrays(i) for i in range(count)]
 
-    def _bytes(self, column: Column) -> int:
-        return -(-self._rows * int(np.prod(column.shape)) * column.host_type.itemsize // 64) * 64
+    def _bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        return -(-self._rows * int(np.prod(shape)) * dtype.itemsize // 64) * 64
 
     def _arrays(self, slot: int) -> Batch:
-        offset = slot * sum(map(self._bytes, self._columns.values()))
+        offset = slot * sum(self._nbytes.values())
         found: Batch = {}
-        for name, column in self._columns.items():
-            shape = (self._rows, *column.shape)
-            found[name] = np.ndarray(shape, column.host_type, self._memory, offset)
-            offset += self._bytes(column)
+        for name, (shape, dtype) in self._tensors.items():
+            found[name] = np.ndarray((self._rows, *shape), host_type(dtype), self._memory, offset)
+            offset += self._nbytes[name]
         return found
 
 
@@ -75,7 +78,7 @@ class IsolatedProcess:
 
     def __init__(
         self,
-        settings: Mapping[str, Any],
+        arguments: Mapping[str, Any],
         columns: Mapping[str, Column],
         *,
         rows: int,
@@ -83,8 +86,8 @@ class IsolatedProcess:
         meter: Meter,
         recycler: Recycler,
     ) -> None:
-        """Start it. `settings` are the dataset's as JSON, `rows` those of the largest batch."""
-        self._columns, self._meter, self._recycler = columns, meter, recycler
+        """Start it. `arguments` are the dataset's as JSON, `rows` those of the largest batch."""
+        self._tensors, self._meter, self._recycler = tensors_of(columns), meter, recycler
         self._before = meter.figures()
         self._loop, self.waiting, self._closed = 0, dict[str, int](), False
         count = prefetch + 1 + CREDIT
@@ -103,7 +106,8 @@ class IsolatedProcess:
         finally:
             os.close(fd)
         self._pipe = Connection(ours.detach())
-        self._send({"settings": dict(settings), "rows": rows, "slots": count})
+        self._end = weakref.finalize(self, _end, self._pipe, self._process, os.getpid())
+        self._send({"arguments": dict(arguments), "rows": rows, "slots": count})
 
     @property
     def alive(self) -> bool:
@@ -140,7 +144,7 @@ class IsolatedProcess:
         for name, array in source.items():
             out = self._recycler.empty(name, array.shape, array.dtype)
             np.copyto(out[:rows], array[:rows])
-            found[name] = as_tensor(out[:rows], self._columns[name].dtype)
+            found[name] = as_tensor(out[:rows], self._tensors[name][1])
         return found
 
     def _receive(self, loop: int) -> dict[str, Any]:
@@ -174,19 +178,25 @@ class IsolatedProcess:
     def abandon(self) -> None:
         """In a forked child: the process is the parent's, and must see the pipe's end when the parent closes it."""
         self._closed, self._process.returncode = True, 0
+        self._end.detach()
         self._pipe.close()
 
     def close(self) -> None:
         """End the process."""
-        if self._closed:
-            return
         self._closed = True
-        self._pipe.close()
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._end()
+
+
+def _end(pipe: Connection, process: "subprocess.Popen[bytes]", pid: int) -> None:
+    """End a process that this one started, also when nobody refers to it any more."""
+    if os.getpid() != pid:
+        return
+    pipe.close()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class IsolatedPipeline:
@@ -246,9 +256,11 @@ class _Served:
         config = json.loads(self._connection.recv_bytes())
         threading.Thread(target=self._listen, daemon=True).start()
         self._error: dict[str, str] = {}
+        warnings.simplefilter("ignore", errors.ActstoreWarning)  # the parent has said it
         try:
-            settings = config["settings"]
-            self._dataset = ActivationDataset(reopen(settings.pop("store")), **settings)
+            arguments = config["arguments"]
+            stores = [(reopen(snapshot), weight) for snapshot, weight in arguments.pop("stores")]
+            self._dataset = ActivationDataset(stores, **arguments | {"settings": Settings(**arguments["settings"])})
             self._slots = _Slots(memory, self._dataset.columns, config["rows"], config["slots"])
         except BaseException as e:  # noqa: BLE001  the parent raises it
             self._error = _told(e)
@@ -308,7 +320,7 @@ class _Served:
     ) -> None:
         dataset = self._dataset
         pipeline = dataset.pipeline(
-            lambda columns, buffers: HostMemory(columns, buffers, dataset.recycler, mapped=dataset.mapped, lend=lend),
+            lambda name, columns, buffers: HostMemory(columns, buffers, dataset.recycler, name=name, lend=lend),
             **position,
         )
         with self._lock:

@@ -2,18 +2,18 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actstore.stream.columns import Batch, Column
+from actstore.stream.columns import Batch, Column, host_type, tensors_of
 from actstore.stream.gather import gather, gather_as
 
 
+@runtime_checkable
 class Memory(Protocol):
     """Chunks of one share in numbered buffers, and batches: `HostMemory` or `DeviceMemory`."""
 
@@ -87,19 +87,21 @@ class HostMemory:
         recycler: Recycler,
         *,
         name: str = "",
-        mapped: AbstractSet[str] = frozenset(),
         lend: Callable[[int], Batch] | None = None,
     ) -> None:
-        """Room for `buffers` chunks, called `name`; none for columns that are `mapped`, whose chunks are taken.
+        """Room for `buffers` chunks, called `name`; none for columns whose chunks are used where they lie.
 
         `lend` makes the memory of a batch of n rows; by default the recycler does.
         """
-        self._columns, self._recycler, self._lend = columns, recycler, lend
+        self._recycler, self._lend = recycler, lend
+        self._delivered = {n: c for n, c in columns.items() if c.deliver}
+        self._tensors = tensors_of(columns)
         self._pool = {
             n: recycler.empty(f"pool {name}/{n}", (buffers, c.index.array.chunk_bytes), np.dtype(np.uint8))
             for n, c in columns.items()
-            if n not in mapped
+            if not c.in_place
         }
+        mapped = columns.keys() - self._pool.keys()
         self._taken = {n: [np.empty(0, np.uint8)] * buffers for n in mapped}
         self._address = {n: addresses(pool) for n, pool in self._pool.items()}
         self._address |= {n: np.zeros(buffers, np.int64) for n in mapped}
@@ -124,25 +126,22 @@ class HostMemory:
         """See `Memory`."""
         if self._lend is not None:
             return self._lend(rows)
-        return {
-            n: self._recycler.empty(n, (rows, *c.shape), c.host_type) for n, c in self._columns.items() if c.deliver
-        }
+        tensors = self._tensors.items()
+        return {n: self._recycler.empty(n, (rows, *shape), host_type(dtype)) for n, (shape, dtype) in tensors}
 
     def gather(self, batch: Batch, start: int, buffer: NDArray[np.int64], row: NDArray[np.int64]) -> None:
         """See `Memory`."""
-        for name, out in batch.items():
-            column = self._columns[name]
-            target = out[start : start + len(row)].reshape(len(row), -1)
-            if column.raw:
-                gather(self._address[name], buffer, row, target, column.index.array, column.calibration)
+        for name, c in self._delivered.items():
+            out = batch[c.target][start : start + len(row)].reshape(len(row), -1)
+            which = self._address[name], buffer, row, out, c.index.array, c.calibration
+            if c.raw:
+                gather(*which, at=c.start)
             else:
-                gather_as(
-                    self._address[name], buffer, row, target, column.index.array, column.calibration, column.factor
-                )
+                gather_as(*which, c.factor, at=c.start)
 
     def finish(self, batch: Batch, rows: int) -> dict[str, Tensor]:
         """See `Memory`."""
-        return {n: as_tensor(a[:rows], self._columns[n].dtype) for n, a in batch.items()}
+        return {n: as_tensor(a[:rows], self._tensors[n][1]) for n, a in batch.items()}
 
 
 def addresses(pool: NDArray[np.uint8]) -> NDArray[np.int64]:

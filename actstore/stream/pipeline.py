@@ -98,14 +98,14 @@ class Pipeline:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        source: Source,
         reading: Reading,
         memories: Sequence[Memory],
         meter: Meter,
         stopping: threading.Event,
     ) -> None:
-        """Start the threads. Sources and memories are those of the reading's shares; `stopping` is the sources'."""
-        self._sources, self._r, self._memories, self._meter = sources, reading, memories, meter
+        """Start the threads. Memories are those of the reading's shares; `stopping` is the source's."""
+        self._source, self._r, self._memories, self._meter = source, reading, memories, meter
         self._stopping = stopping
         self._lock = threading.Lock()
         self._work, self._room, self._ready = (threading.Condition(self._lock) for _ in range(3))
@@ -133,7 +133,7 @@ class Pipeline:
         self._out: deque[Draft] = deque()
         self._idle = self._busy = 0
 
-        remote = any(s.remote for s in sources)
+        remote = any(source.remote(c) for share in reading.shares for c in share.columns.values())
         self._hedge = Hedge(enabled=remote and reading.fetchers > 1)
         loops = [(f"actstore-work-{i}", self._worker) for i in range(reading.workers)]
         loops += [(f"actstore-fetch-{i}", self._fetcher) for i in range(reading.fetchers)]
@@ -174,9 +174,7 @@ class Pipeline:
     def count_retries(self) -> None:
         """Add to the meter the requests that were sent again since the last call."""
         with self._lock:
-            for source in self._sources:
-                self._meter.retries += source.storage.retries
-                source.storage.retries = 0
+            self._meter.retries += self._source.take_retries()
 
     def close(self) -> None:
         """Stop all threads; a request under way is left to its time-out if it does not end soon."""
@@ -334,11 +332,11 @@ class Pipeline:
                 self._busy -= 1
 
     def _request(self, resident: Resident, began: float, *, second: bool) -> None:
-        source, columns = self._sources[resident.share], self._r.shares[resident.share].columns
+        columns = self._r.shares[resident.share].columns
         error: ActstoreError | None = None
         data: list[Any] = []
         try:
-            data = [source.fetch(column, resident.piece) for column in columns.values()]
+            data = [self._source.fetch(column, resident.piece) for column in columns.values()]
         except ActstoreError as e:
             error = e
         seconds = time.perf_counter() - began
@@ -363,12 +361,13 @@ class Pipeline:
     def _load(self, resident: Resident) -> None:
         """Decode a chunk, read it first if nobody has; then it is ready."""
         i = resident.share
-        share, source, memory, data = self._r.shares[i], self._sources[i], self._memories[i], resident.data
+        share, memory, data = self._r.shares[i], self._memories[i], resident.data
         nbytes, reading_s, decode_s = 0, 0.0, 0.0
         held: dict[str, NDArray[np.uint8]] = {}
         try:
             for k, (name, column) in enumerate(share.columns.items()):
-                done = source.load(column, resident.piece, memory, resident.buffer, None if data is None else data[k])
+                fetched = None if data is None else data[k]
+                done = self._source.load(column, resident.piece, memory, resident.buffer, fetched)
                 nbytes, reading_s, decode_s = nbytes + done[0], reading_s + done[1], decode_s + done[2]
                 if name in share.where.columns:
                     held[name] = memory.held(name, resident.buffer)
@@ -377,7 +376,7 @@ class Pipeline:
             return
         kept = self._kept[i]
         if kept is not None:
-            found = filters.kept_of_chunk(source.store, share.where, share.columns, held, resident.piece)
+            found = filters.kept_of_chunk(share.store, share.where, share.columns, held, resident.piece)
             kept[resident.buffer, : len(found)] = found
         with self._lock:
             self._meter.fetch_s += reading_s
@@ -390,7 +389,8 @@ class Pipeline:
 
     def _unreadable(self, resident: Resident, error: ActstoreError) -> None:
         """A chunk that arrived damaged from an object store is requested again, others are skipped."""
-        if not (isinstance(error, IntegrityError) and self._sources[resident.share].remote):
+        columns = self._r.shares[resident.share].columns.values()
+        if not (isinstance(error, IntegrityError) and any(map(self._source.remote, columns))):
             self._skip(resident, error)
             return
         if resident.rereads == REREADS:

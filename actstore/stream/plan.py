@@ -15,9 +15,12 @@ from actstore.store.storage import LocalStorage
 from actstore.stream.filter import RowFilter
 from actstore.stream.order import ORDER_VERSION, Geometry
 from actstore.stream.residency import peak
+from actstore.stream.settings import Settings
 
 REMOTE_REQUESTS = 16
 """Concurrent requests to an object store; in-region S3 saturates at about 32 (insitubatch's measurements)."""
+WEIGHT_ERROR = 1e-3
+"""By which weights may miss 1: three digits are what one writes."""
 WORTH_KEEPING = 0.05
 """Share of an epoch's reads that must be saved for the chunks that an epoch needs at both ends to stay in memory."""
 
@@ -137,46 +140,68 @@ def chunks_needed(plan: Plan, pieces: Sequence[int], filtered: int | None) -> tu
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How the memory is used."""
+    """How the memory of one store's chunks is used."""
 
     buffers: int
     keep: bool
     """Whether chunks that are needed at both ends of an epoch stay."""
-    memory: int
-    """Bytes, with batches and reads under way."""
 
 
-def fit(needs: Needs, *, workers: int, fetchers: int, prefetch: int, budget: int | None) -> Fit:
-    """Buffers for chunks; ValueError if the budget (bytes) can't hold what must be there."""
-    n = needs
+def fit(
+    needs: Sequence[Needs], *, workers: int, fetchers: int, prefetch: int, budget: int | None
+) -> tuple[list[Fit], int]:
+    """Buffers for the chunks of each store of a dataset, and the bytes of everything, batches and reads included.
+
+    ValueError if the budget (bytes) can't hold what must be there.
+    """
     # batches: waiting, being made, being used; reads: one a fetcher or worker, and one a worker that waits
-    other = (prefetch + 2) * n.batch + (fetchers + workers) * n.read
-    # streams of equal slots all begin their next chunk in the same step
-    ahead = n.streams + 2 * workers + fetchers
-    keep = n.kept - n.least > WORTH_KEEPING * n.chunks
-    most = max(n.chunks, n.kept)
-    if budget is None:
-        buffers = min((n.kept if keep else n.least) + ahead, most)
-        return Fit(buffers=buffers, keep=keep, memory=other + buffers * n.chunk)
-    room = (budget - other) // n.chunk if n.chunk else most
-    if budget < other or room < n.least:
+    other = (prefetch + 2) * sum(n.batch for n in needs) + (fetchers + workers) * max(n.read for n in needs)
+    least = sum(n.least * n.chunk for n in needs)
+    if budget is not None and budget < other + least:
         raise ValueError(
-            f"memory_budget {budget} is too small: {n.least} chunks of {n.chunk} bytes and {other} bytes of batches "
-            f"and reads need {other + n.least * n.chunk}; lower shuffle_chunks, prefetch, max_inflight or batch_size"
+            f"memory_budget {budget} is too small: {sum(n.least for n in needs)} chunks ({least} bytes), batches and "
+            f"reads ({other} bytes) need {other + least}; lower shuffle_chunks, prefetch, max_inflight or batch_size"
         )
-    keep = room >= n.kept
-    buffers = min(room, (n.kept if keep else n.least) + 2 * ahead, most)
-    return Fit(buffers=buffers, keep=keep, memory=other + buffers * n.chunk)
+    found: list[Fit] = []
+    for n in needs:
+        # streams of equal slots all begin their next chunk in the same step
+        ahead, most = n.streams + 2 * workers + fetchers, max(n.chunks, n.kept)
+        keep = n.kept - n.least > WORTH_KEEPING * n.chunks
+        if budget is not None and n.chunk:
+            room = n.least + (budget - other - least) * n.least // max(least, 1)
+            keep = room >= n.kept
+            buffers = min(room, (n.kept if keep else n.least) + 2 * ahead, most)
+        else:
+            buffers = min((n.kept if keep else n.least) + ahead, most)
+        found.append(Fit(buffers=buffers, keep=keep))
+    return found, other + sum(f.buffers * n.chunk for f, n in zip(found, needs, strict=True))
 
 
-def pool_threads(store: Store, threads: int | None, max_inflight: int | None) -> tuple[int, int]:
+def pool_threads(stores: Sequence[Store], settings: Settings) -> tuple[int, int]:
     """Workers, and fetchers (0: the workers read; a local directory answers at once)."""
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}, expected at least 1")
-    if max_inflight is not None and max_inflight < 1:
-        raise ValueError(f"max_inflight is {max_inflight}, expected at least 1")
-    local = isinstance(store.storage, LocalStorage)
-    return threads or cores(), max_inflight or (0 if local else REMOTE_REQUESTS)
+    local = all(isinstance(store.owner(site).storage, LocalStorage) for store in stores for site in store.sites)
+    return settings.threads or cores(), settings.max_inflight or (0 if local else REMOTE_REQUESTS)
+
+
+def shares(weights: Sequence[float], batch_size: int, streams: int) -> list[int]:
+    """Rows of each store in a batch: its weight of them, as nearly as whole rows of each stream allow.
+
+    ValueError for weights that don't sum to 1, or one that no row is left for.
+    """
+    if not all(math.isfinite(w) and w > 0 for w in weights) or abs(sum(weights) - 1) > WEIGHT_ERROR:
+        fitting = ", ".join(f"{w / sum(weights):.4g}" for w in weights) if sum(weights) > 0 else "positive numbers"
+        raise ValueError(f"the weights {list(weights)} sum to {sum(weights):.6g}, expected 1: {fitting}")
+    each = batch_size // streams
+    found = [math.floor(w * each) for w in weights]
+    for i in sorted(range(len(weights)), key=lambda i: found[i] - weights[i] * each)[: each - sum(found)]:
+        found[i] += 1
+    if 0 in found:
+        needed = math.ceil(1 / min(weights)) * streams
+        raise ValueError(
+            f"a batch of {batch_size} rows in streams={streams} has none of the store of weight {min(weights)}; use "
+            f"batch_size={needed} or more"
+        )
+    return [n * streams for n in found]
 
 
 def cores() -> int:

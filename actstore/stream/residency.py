@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.store.read.store import Store
 from actstore.stream.columns import Column
 from actstore.stream.filter import RowFilter
 from actstore.stream.order import Piece, Slot, StreamOrder
@@ -23,6 +24,7 @@ from actstore.stream.order import Piece, Slot, StreamOrder
 class Share:
     """One store's share of every batch: on one rank, its streams, each of which gives `rows` rows to a batch."""
 
+    store: Store
     columns: Mapping[str, Column]
     where: RowFilter
     streams: tuple[int, ...]

@@ -46,7 +46,7 @@ def slow_decode(patch: pytest.MonkeyPatch) -> None:
 def slow_gather(patch: pytest.MonkeyPatch) -> None:
     slow = slowed(gathering.gather)
     patch.setattr(gathering, "gather", slow)
-    patch.setattr(host, "gather", slow)  # where the pipeline calls it
+    patch.setattr(memory, "gather", slow)  # where the pipeline calls it
 
 
 def slow_fetch(patch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import CONTEXT, start_fork
-from conftest import SPEC, Known, replace, write_known
+from conftest import SPEC, Known, replace, with_settings, write_known
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -23,7 +23,7 @@ SITE = "resid_post.3"
 
 def dataset(url: str, **changes: Any) -> actstore.ActivationDataset:
     defaults: dict[str, Any] = {"sites": [SITE], "with_rows": True, "batch_size": 16, "shuffle_chunks": 16}
-    return actstore.ActivationDataset(url, **(defaults | changes))
+    return actstore.ActivationDataset(url, **with_settings(defaults | changes))
 
 
 def steps_of(batches: Any) -> list[list[int]]:

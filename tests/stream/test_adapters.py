@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Known
+from conftest import Known, with_settings
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,7 +23,7 @@ STEPS = 1000 // 16
 
 def dataset(known: Known, **changes: Any) -> actstore.ActivationDataset:
     settings: dict[str, Any] = {"sites": SITE, "batch_size": 16, "shuffle_chunks": 16}
-    return actstore.ActivationDataset(known.url, **(settings | changes))
+    return actstore.ActivationDataset(known.url, **with_settings(settings | changes))
 
 
 def same(a: Tensor, b: Tensor) -> bool:

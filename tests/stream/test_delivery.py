@@ -18,15 +18,15 @@ import psutil
 import pytest
 import torch
 from commands import run_in_fork
-from conftest import SPEC, Known, fill, replace, write_known
+from conftest import SPEC, Known, fill, replace, with_settings, write_known
 
 import actstore
 from actstore.errors import StreamError
 from actstore.store import SiteSpec, create_store
 from actstore.store.format import codec
 from actstore.store.storage import LocalStorage
+from actstore.stream import Settings, maps, memory
 from actstore.stream import dataset as dataset_module
-from actstore.stream import memory, source
 from actstore.stream.device import DeviceMemory
 
 SITE = "resid_post.3"
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {"sites": [SITE], "with_rows": True, "batch_size": 16
 
 
 def dataset(url: str, **changes: Any) -> actstore.ActivationDataset:
-    return actstore.ActivationDataset(url, **(SETTINGS | changes))
+    return actstore.ActivationDataset(url, **with_settings(SETTINGS | changes))
 
 
 def by_row(batches: Any, site: str = SITE) -> dict[int, torch.Tensor]:
@@ -190,7 +190,9 @@ def run(code: str, *args: str, timeout: float = 120, **kwargs: Any) -> subproces
 
 LEAVE = """
     import sys, actstore
-    ds = actstore.ActivationDataset(sys.argv[1], sites="resid_post.3", batch_size=16, isolate=sys.argv[2] == "1")
+    from actstore.stream import Settings
+    settings = Settings(isolate=sys.argv[2] == "1")
+    ds = actstore.ActivationDataset(sys.argv[1], sites="resid_post.3", batch_size=16, settings=settings)
     batches = iter(ds)
     next(batches)
     print("left")
@@ -231,7 +233,7 @@ def test_memory_comes_back(known: Known) -> None:
     pools = set()
     for _ in range(4):
         list(ds)
-        pools.add(id(ds.recycler._arrays[f"pool /{SITE}"][-1]))
+        pools.add(id(ds.recycler._arrays[f"pool 0/{SITE}"][-1]))
     assert len(pools) == 1
     ds.close()
     assert threading.active_count() == before
@@ -306,14 +308,16 @@ def slow(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, seconds: float
 def test_the_bound_is_named(known: Known, stage: str, fetchers: int | None, monkeypatch: Any, caplog: Any) -> None:
     if stage == "fetch":
         slow(monkeypatch, LocalStorage, "get_range", 0.01)
-        slow(monkeypatch, source.Maps, "chunk", 0.01)
+        slow(monkeypatch, maps.Maps, "chunk", 0.01)
     if stage == "decode":
         slow(monkeypatch, codec, "decode_payload", 0.01)
     if stage == "gather":
         slow(monkeypatch, memory, "gather", 0.02)
     monkeypatch.setattr(dataset_module, "WARN_AFTER_S", 0.3)
     with caplog.at_level(logging.WARNING, "actstore.stream"):
-        ds = actstore.ActivationDataset(known.url, sites=SITE, batch_size=16, threads=2, max_inflight=fetchers)
+        ds = actstore.ActivationDataset(
+            known.url, sites=SITE, batch_size=16, settings=Settings(threads=2, max_inflight=fetchers)
+        )
         for _ in ds:
             time.sleep(0.03 if stage == "consumer" else 0.0)
         assert ds.stats()["bound"] == stage

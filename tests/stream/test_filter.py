@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SPEC, fill, replace
+from conftest import SPEC, fill, replace, with_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,7 +133,7 @@ def test_resume_goes_on_exactly(store: str, step: int) -> None:
         ds.load_state_dict(state)
         assert got + rows(ds) == whole
     with (
-        actstore.ActivationDataset(store, **(changes | {"held_out": 0.2})) as ds,
+        actstore.ActivationDataset(store, **with_settings(changes | {"held_out": 0.2})) as ds,
         pytest.raises(MismatchError, match="where is"),
     ):
         ds.load_state_dict(state)

@@ -8,12 +8,14 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import SPEC, write_known
+from conftest import SPEC, with_settings, write_known
 from hypothesis import given, settings
 
 import actstore
 from actstore.errors import StreamError
 from actstore.store.format.spec import SiteSpec
+from actstore.stream import Settings
+from actstore.stream.plan import Fit
 from actstore.stream.residency import first_use_order, peak
 
 SITE = "resid_post.3"
@@ -76,7 +78,7 @@ def test_every_row_comes_exactly_once(case: Any, tight: bool, tmp_path_factory: 
 
     def open_rank(rank: int, **more: Any) -> actstore.ActivationDataset:
         asked = {"sites": [SITE], "with_rows": True, "drop_last": False, "rank": rank, "world_size": world}
-        return actstore.ActivationDataset(known.url, **(chosen | asked | more))
+        return actstore.ActivationDataset(known.url, **with_settings(chosen | asked | more))
 
     got: list[int] = []
     try:
@@ -128,12 +130,13 @@ def test_a_standstill_raises_at_once_and_says_in_which_state(
     tmp_path: Path, fetchers: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = write_known(tmp_path / "s")
-    ds = actstore.ActivationDataset(known.url, sites=[SITE], batch_size=16, max_inflight=fetchers, with_rows=True)
-    fit = ds._fit()
-    least = ds._needs().least
-    monkeypatch.setattr(ds, "_fit", lambda: replace(fit, buffers=least - 1, keep=False))
+    ds = actstore.ActivationDataset(
+        known.url, sites=[SITE], batch_size=16, with_rows=True, settings=Settings(max_inflight=fetchers)
+    )
+    least = ds._parts[0].needs(0).least
+    monkeypatch.setattr(ds, "_fit", lambda: ([Fit(buffers=least - 1, keep=False)], 0))
     with pytest.raises(StreamError, match=r"standstill.*step \d+ of range.*buffers_free"):
         rows_within_deadline(ds)
-    monkeypatch.setattr(ds, "_fit", lambda: replace(fit, buffers=least, keep=False))
+    monkeypatch.setattr(ds, "_fit", lambda: ([Fit(buffers=least, keep=False)], 0))
     assert len(rows_within_deadline(ds)) == 992
     ds.close()

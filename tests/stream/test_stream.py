@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SPEC, Known, replace, write_known
+from conftest import SPEC, Known, replace, with_settings, write_known
 from torch.utils.data import DataLoader
 
 import actstore
@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {"sites": ["resid_post.3"], "with_rows": True, "batch
 
 
 def dataset(url: str, **changes: Any) -> actstore.ActivationDataset:
-    return actstore.ActivationDataset(url, **(SETTINGS | changes))
+    return actstore.ActivationDataset(url, **with_settings(SETTINGS | changes))
 
 
 def rows(batches: Any) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Known, write_known
+from conftest import Known, with_settings, write_known
 from faults import WRONG, FaultyProxy
 from servers import Server
 
@@ -46,7 +46,7 @@ def dataset(url: str, **changes: Any) -> actstore.ActivationDataset:
         "drop_last": False,
         "max_inflight": 4,
     }
-    return actstore.ActivationDataset(url, **(settings | changes))
+    return actstore.ActivationDataset(url, **with_settings(settings | changes))
 
 
 def check(known: Known, batches: Any) -> None:

@@ -125,6 +125,10 @@ class Store:
             raise IntegrityError(f"{self.url}/{key}: is not the calibration that {site} was written with")
         return found
 
+    def owner(self, name: str) -> "Store":  # noqa: ARG002  of joined stores it depends on the name
+        """The store that holds array `name`."""
+        return self
+
     def check_site(self, site: str) -> None:
         """`ValueError` unless the store holds `site`."""
         if site not in self.sites:
@@ -236,9 +240,11 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     return Store(open_storage(url))
 
 
-def reopen(snapshot: dict[str, Any]) -> Store:
-    """The store of a `snapshot`; `StoreError` if what it held is there no more."""
+def reopen(snapshot: dict[str, Any], *, grown: bool = False) -> Store:
+    """The store of a `snapshot`; `StoreError` if what it held is there no more. `grown`: the store as it is now."""
     store = open_store(snapshot["url"])
+    if grown:
+        return store
     if store.fingerprint != snapshot["fingerprint"]:
         spec = spec_from_bytes(snapshot["spec"].encode(), f"the snapshot of {store.url}")
         buckets = np.arange(spec.buckets) if snapshot["buckets"] is None else np.array(snapshot["buckets"], np.int64)
