@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from actstore.errors import ActstoreError
 
 if TYPE_CHECKING:
+    from actstore.store.read.join import join
     from actstore.store.read.store import Store
     from actstore.store.write.append import create
     from actstore.stream.dataset import ActivationDataset
 
 __version__ = "0.1.0"
-__all__ = ["ActivationDataset", "ActstoreError", "create", "open"]
+__all__ = ["ActivationDataset", "ActstoreError", "create", "join", "open"]
 
 
 def _give_numba_a_cache(package: Path) -> None:
@@ -54,6 +55,10 @@ def __getattr__(name: str) -> Any:
         from actstore.store.write.append import create
 
         return create
+    if name == "join":
+        from actstore.store.read.join import join
+
+        return join
     if name == "ActivationDataset":
         from actstore.stream.dataset import ActivationDataset
 

@@ -110,7 +110,7 @@ def walk_range(first: int, n: np.uint64, keys: NDArray[np.uint64], out: NDArray[
             a, b = b, a
         for i in range(size):
             x = (left[i] << b) | right[i]
-            out[start + i] = np.int64(x if x < n else walk(x, n, keys, False))
+            out[start + i] = np.int64(x if x < n else walk(x, n, keys, inverse=False))
 
 
 def _apply(index: NDArray[np.integer] | int, n: int, key: int, *, inverse: bool) -> NDArray[np.int64]:

@@ -32,8 +32,10 @@ from actstore.console import figure
 from actstore.store.format import codec
 from actstore.store.maintain.copy import copy
 from actstore.store.read.store import Store, open_store
+from actstore.stream import Settings
 from actstore.stream.columns import RAW
 from actstore.stream.gather import gather
+from actstore.stream.memory import addresses
 from actstore.stream.order import Geometry, StreamOrder
 
 HERE = Path(__file__).parent
@@ -70,6 +72,7 @@ class Bare:
         self.places = [self.where.locate(int(p), int(store.index.buckets[p]), int(c)) for p, c in chosen]
         self.stored = [self._get(i) for i in range(CHUNKS)]
         self.decoded = np.ones((CHUNKS, self.where.array.chunk_bytes), np.uint8)
+        self.addresses = addresses(self.decoded)
         rng = np.random.default_rng(0)
         self.buffer, self.row = rng.integers(0, CHUNKS, BATCH), rng.integers(0, self.where.array.chunk_rows, BATCH)
         self.out = np.ones((4, BATCH, D), RAW[self.where.array.dtype.name])
@@ -96,8 +99,7 @@ class Bare:
             part = slice(i % 8 * 512, (i % 8 + 1) * 512)
             array, out = self.where.array, self.out[i // 8 % 4, part]
             steps = self.store.calibration(SITE) if SITE in self.store.index.calibration else None
-            planes = array.codec == "planes"
-            gather(self.decoded, self.buffer[part], self.row[part], out, planes=planes, calibration=steps)
+            gather(self.addresses, self.buffer[part], self.row[part], out, array, steps)
 
         list(self.pool.map(one, range(64 * 8)))
         return 64 * BATCH * D * self.out.itemsize
@@ -109,7 +111,9 @@ class Bare:
 
 
 def dataset(store: Any, **changes: Any) -> actstore.ActivationDataset:
-    return actstore.ActivationDataset(store, sites=SITE, batch_size=BATCH, threads=THREADS, **changes)
+    return actstore.ActivationDataset(
+        store, sites=SITE, batch_size=BATCH, settings=Settings(threads=THREADS), **changes
+    )
 
 
 def epoch(ds: actstore.ActivationDataset) -> int:
@@ -239,7 +243,7 @@ url, budget, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 me = psutil.Process()
 imported = me.memory_info().rss
 ds = actstore.ActivationDataset(url, sites="resid_post.12", batch_size=4096 if budget > 5e8 else 64,
-                                memory_budget=budget)
+                                settings=actstore.stream.Settings(memory_budget=budget))
 done, seen = 0, []
 while done < steps:
     for batch in ds:

@@ -27,7 +27,9 @@ from actstore.bench.report import (
 from actstore.bench.write import rows_of
 from actstore.store.format import codec, fixed, stats
 from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
+from actstore.store.format.spec import ArraySpec
 from actstore.stream import gather as gathering
+from actstore.stream.memory import addresses
 
 EPS = 1e-3
 CHUNKS = 4
@@ -88,6 +90,10 @@ class _Form:
         self._out = np.empty(codec.max_stored(self._chunks[0].nbytes), np.uint8)
         self._stored = [self._encode(i) for i in range(CHUNKS)]
         self._decoded = np.empty((CHUNKS, self._chunks[0].nbytes), np.uint8)
+        rows = self._chunks.shape[1]
+        self._array = ArraySpec(
+            name=name, shape=plain.shape, dtype=np.dtype("i2"), shard_rows=rows, chunk_rows=rows, codec=name
+        )
         rng = np.random.default_rng(0)
         self._buffer, self._row = (rng.integers(0, n, len(plain)) for n in (CHUNKS, len(plain) // CHUNKS))
         self._rows = np.empty_like(plain)
@@ -118,8 +124,8 @@ class _Form:
 
         def to_rows() -> int:
             decode()
-            pool, planes = self._decoded, self._codec == "planes"
-            gathering.gather(pool, self._buffer, self._row, self._rows, planes=planes, calibration=self._calibration)
+            pool = addresses(self._decoded)
+            gathering.gather(pool, self._buffer, self._row, self._rows, self._array, self._calibration)
             return self._chunks.nbytes
 
         return {"encode": encode, "decode": decode, "to rows": to_rows}[name]

@@ -21,6 +21,8 @@ from actstore.store.read.store import Store, open_store
 from actstore.store.storage import LocalStorage
 from actstore.stream import gather as gathering
 from actstore.stream.dataset import ActivationDataset
+from actstore.stream.memory import addresses
+from actstore.stream.settings import Settings
 
 REMOTE_FETCHES = 16
 """Requests in flight to an object store, unless told; `actstore bench storage` finds what a backend wants."""
@@ -177,9 +179,8 @@ class _Bare:
         return self._batches * self._out.nbytes
 
     def _gather(self, rows: slice) -> None:
-        planes = self._array.codec == "planes"
         buffer, row, out = self._buffer[rows], self._row[rows], self._out[rows]
-        gathering.gather(self._decoded, buffer, row, out, planes=planes, calibration=self._calibration)
+        gathering.gather(addresses(self._decoded), buffer, row, out, self._array, self._calibration)
 
 
 class _Loader:
@@ -197,10 +198,10 @@ class _Loader:
         shuffle: bool,
     ) -> None:
         streams = next(s for s in (8, 4, 2, 1) if batch_size % s == 0)
-        options: dict[str, Any] = {"sites": site, "streams": streams, "threads": threads, "max_inflight": inflight}
+        settings = Settings(threads=threads, max_inflight=inflight)
         size = min(batch_size, store.rows // streams * streams)
         self._new: Callable[[], ActivationDataset] = lambda: ActivationDataset(
-            store, batch_size=size, shuffle=shuffle, **options
+            store, sites=site, batch_size=size, shuffle=shuffle, streams=streams, settings=settings
         )
         self._seconds = seconds
         self._first: list[float] = []

@@ -112,17 +112,17 @@ def _batches(items: Iterator[tuple[int, int]], size: int) -> Iterator[list[tuple
 
 def _shard_chunks(store: Store, name: str, place: int, chunks: list[int]) -> list[NDArray[Any]]:
     """Chunks of one shard, decoded [chunk_rows, ...], from one read."""
-    where = store.index.arrays[name]
+    where, owner = store.index.arrays[name], store.owner(name)
     array, bucket = where.array, int(store.index.buckets[place])
     at = [where.locate(place, bucket, c) for c in chunks]
     start, stop = at[0].offset, at[-1].offset + at[-1].length
-    data = memoryview(store.storage.get_range(at[0].key, start, stop - start))
+    data = memoryview(owner.storage.get_range(at[0].key, start, stop - start))
     found: list[NDArray[Any]] = []
     for a in at:
         decoded = np.empty(array.chunk_bytes, np.uint8)
         piece = data[a.offset - start : a.offset - start + a.length]
         codec.decode_into(
-            piece, array.codec, decoded, f"{store.url}/{a.key} chunk at byte {a.offset}", committed=a.crc32c
+            piece, array.codec, decoded, f"{owner.url}/{a.key} chunk at byte {a.offset}", committed=a.crc32c
         )
         found.append(codec.merge(decoded, array.codec, element_type(store, name)).reshape(-1, *array.shape[1:]))
     return found

@@ -20,7 +20,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from actstore.errors import StreamError, mismatch, warn
 from actstore.store.format.spec import PROVENANCE_ARRAYS
-from actstore.store.read.store import Store, open_store, reopen
+from actstore.store.read.join import reopen
+from actstore.store.read.store import Store, open_store
 from actstore.stream import explain, plan, ranks
 from actstore.stream.columns import STACK, Column, normalising_factor, parse_device, parse_dtype, tensors_of
 from actstore.stream.device import DeviceMemory, hand_over
@@ -211,8 +212,8 @@ class ActivationDataset(IterableDataset[Any]):
         for store, size in zip(stores, sizes, strict=True):
             mine = replace(common, store=store.fingerprint, batch_size=size, where=self._filter(store))
             dtype = parse_dtype(a["dtype"])
-            more = {"dtype": dtype, "factors": factors, "stack": self._stack, "threads": max(workers, fetchers)}
-            parts.append(Part(store, mine, names, **more))
+            threads = max(workers, fetchers)
+            parts.append(Part(store, mine, names, dtype=dtype, factors=factors, stack=self._stack, threads=threads))
         self._check_tensors(parts)
         return parts
 
@@ -272,7 +273,7 @@ class ActivationDataset(IterableDataset[Any]):
         """Rank and world size: as given, else those of torch.distributed by now."""
         return ranks.distributed(*self._given_rank)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """In a forked child: threads, locks and most clients of object stores are the parent's."""
         self._snapshots = self._snapshots or [part.store.snapshot() for part in self._parts]
         if self._process is not None:
@@ -616,7 +617,7 @@ class ActivationDataset(IterableDataset[Any]):
 
 def _forget_all() -> None:
     for dataset in list(_LIVE):
-        dataset._forget()  # noqa: SLF001
+        dataset.forget()
 
 
 if hasattr(os, "register_at_fork"):
@@ -628,7 +629,7 @@ def _opened(url: Any) -> tuple[list[Store], list[float]]:
     if isinstance(url, (str, os.PathLike, Store)):
         url = [(url, 1.0)]
     pairs = list(url.items() if isinstance(url, Mapping) else url)
-    if not pairs or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+    if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise ValueError(f"url is {url!r}, expected a store, {{url: weight}} or [(store, weight), ...]")
     return [u if isinstance(u, Store) else open_store(u) for u, _ in pairs], [float(w) for _, w in pairs]
 

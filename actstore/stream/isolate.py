@@ -34,7 +34,7 @@ from torch import Tensor
 
 from actstore import errors
 from actstore.errors import ActstoreError, StreamError
-from actstore.store.read.store import reopen
+from actstore.store.read.join import reopen
 from actstore.stream.columns import Batch, Column, host_type, tensors_of
 from actstore.stream.memory import HostMemory, Recycler, as_tensor
 from actstore.stream.meter import Meter

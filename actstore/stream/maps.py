@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from actstore.errors import StreamError
 from actstore.store.read.index import Location
 from actstore.store.read.store import Store
-from actstore.store.storage import LocalStorage
+from actstore.store.storage import LocalStorage, Storage
 
 Verify = Literal["once", "every"]
 MAPS = 4096
@@ -42,8 +42,9 @@ class Maps:
         self._lock = threading.Lock()
         self._maps: OrderedDict[str, tuple[NDArray[np.uint8], set[int]]] = OrderedDict()
 
-    def chunk(self, storage: LocalStorage, at: Location) -> tuple[NDArray[np.uint8], bool]:
+    def chunk(self, storage: Storage, at: Location) -> tuple[NDArray[np.uint8], bool]:
         """The stored bytes of a chunk, all of them in memory, and whether they were checked before."""
+        assert isinstance(storage, LocalStorage)
         name = f"{storage.url}/{at.key}"
         with self._lock:
             if name not in self._maps:
@@ -61,7 +62,7 @@ class Maps:
         _bring_in(found)
         return found, at.offset in checked
 
-    def checked(self, storage: LocalStorage, at: Location) -> None:
+    def checked(self, storage: Storage, at: Location) -> None:
         """A chunk of a map is what was committed."""
         with self._lock:
             if self._verify == "once" and (known := self._maps.get(f"{storage.url}/{at.key}")):

@@ -222,16 +222,16 @@ class Pipeline:
     def _worker(self) -> None:
         while True:
             with self._lock:
+                job = None
                 while not self._stopping.is_set() and (job := self._pick()) is None:
                     self._refuse_standstill()
                     self._idle += 1
                     self._work.wait()
                     self._idle -= 1
-                if self._stopping.is_set():
+                if job is None:
                     return
                 self._busy += 1
                 self._call_worker()
-            assert job is not None
             job()
             with self._lock:
                 self._busy -= 1

@@ -84,6 +84,7 @@ class SlotTask:
     start: int
     """First row, in the stream."""
     stop: int
+    """Behind its last row that is needed."""
     residents: tuple[Resident, ...]
     """Chunk of each slice [K]."""
     loads: tuple[Resident, ...]
@@ -128,7 +129,7 @@ def _lap_tasks(
     resident: dict[int, Resident] = {}
     start, upcoming = order.first_row(first), order.slot(first)
     for t in range(first, last + 1):
-        slot, stop = upcoming, order.first_row(t + 1)
+        slot, stop = upcoming, min(order.first_row(t + 1), rows[1])
         new = [i for i in dict.fromkeys(slot.pieces) if i not in resident]
         resident.update({i: Resident(number, order.piece(i)) for i in new})
         used = tuple(resident[i] for i in slot.pieces)

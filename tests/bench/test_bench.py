@@ -21,7 +21,7 @@ from actstore.bench.peers.source import write_source
 from actstore.bench.storage import knee
 from actstore.store.format import codec
 from actstore.store.storage import LocalStorage
-from actstore.stream import memory
+from actstore.stream import maps, memory
 
 ROOT = Path(__file__).parent.parent.parent
 PAUSE_S = 0.005
@@ -40,7 +40,8 @@ def read(known: Known) -> Report:
 
 
 def slow_decode(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(codec, "decode_into", slowed(codec.decode_into))
+    for name in ("decode_into", "decode_payload"):  # the loader decodes with the second
+        patch.setattr(codec, name, slowed(getattr(codec, name)))
 
 
 def slow_gather(patch: pytest.MonkeyPatch) -> None:
@@ -50,8 +51,8 @@ def slow_gather(patch: pytest.MonkeyPatch) -> None:
 
 
 def slow_fetch(patch: pytest.MonkeyPatch) -> None:
-    for name in ("get_range", "read_into"):  # the loader reads a directory with the second
-        patch.setattr(LocalStorage, name, slowed(getattr(LocalStorage, name)))
+    patch.setattr(LocalStorage, "get_range", slowed(LocalStorage.get_range))
+    patch.setattr(maps.Maps, "chunk", slowed(maps.Maps.chunk))  # how the loader reads a directory
 
 
 @pytest.mark.parametrize(

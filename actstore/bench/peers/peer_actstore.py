@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import actstore
+from actstore.stream import Settings
 
 SITE = "bench.0"
 STEP = 1 << 14
@@ -30,7 +31,7 @@ _datasets: list[actstore.ActivationDataset] = []
 def batches(run: measure.Run) -> Iterator[Any]:
     """One epoch."""
     if not _datasets:
-        options: dict[str, Any] = {"batch_size": run.batch_size, "threads": run.workers}
+        options: dict[str, Any] = {"batch_size": run.batch_size, "settings": Settings(threads=run.workers)}
         _datasets.append(actstore.ActivationDataset(run.folder, sites=SITE, **options))
     yield from _datasets[0]
 

@@ -30,10 +30,9 @@ from actstore.store.format.spec import (
     StoreSpec,
     calibration_key,
     group_metadata,
-    spec_from_bytes,
 )
 from actstore.store.format.stats import SiteStats, summarise
-from actstore.store.read.index import Index, load, load_as
+from actstore.store.read.index import Index, load
 from actstore.store.storage import Storage, open_storage
 
 
@@ -150,8 +149,9 @@ class Store:
         array = where.array
         at = where.locate(place, int(self.index.buckets[place]), chunk)
         decoded = np.empty(array.chunk_bytes, np.uint8)
-        data = self.storage.get_range(at.key, at.offset, at.length)
-        what = f"{self.url}/{at.key} chunk at byte {at.offset}"
+        owner = self.owner(name)
+        data = owner.storage.get_range(at.key, at.offset, at.length)
+        what = f"{owner.url}/{at.key} chunk at byte {at.offset}"
         codec.decode_into(data, array.codec, decoded, what, committed=at.crc32c)
         dtype = BITS if array.dtype.name == "bfloat16" else array.dtype
         return codec.merge(decoded, array.codec, dtype).reshape(array.chunk_rows, *array.shape[1:])
@@ -219,7 +219,7 @@ class DecodedChunks(WrapperStore[MemoryStore]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The receiving process opens the store itself."""
-        return _reopen, (self.store.url, self.name)
+        return _reopen, (self.store.snapshot(), self.name)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The metadata or a whole chunk; None for a chunk that holds no row."""
@@ -231,24 +231,12 @@ class DecodedChunks(WrapperStore[MemoryStore]):
         return None if rows is None else prototype.buffer.from_bytes(rows.tobytes())
 
 
-def _reopen(url: str, name: str) -> DecodedChunks:
-    return DecodedChunks(open_store(url), name)
+def _reopen(snapshot: dict[str, Any], name: str) -> DecodedChunks:
+    from actstore.store.read.join import reopen
+
+    return DecodedChunks(reopen(snapshot), name)
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
     """Open a store read-only; `StoreError` if there is none at `url`."""
     return Store(open_storage(url))
-
-
-def reopen(snapshot: dict[str, Any], *, grown: bool = False) -> Store:
-    """The store of a `snapshot`; `StoreError` if what it held is there no more. `grown`: the store as it is now."""
-    store = open_store(snapshot["url"])
-    if grown:
-        return store
-    if store.fingerprint != snapshot["fingerprint"]:
-        spec = spec_from_bytes(snapshot["spec"].encode(), f"the snapshot of {store.url}")
-        buckets = np.arange(spec.buckets) if snapshot["buckets"] is None else np.array(snapshot["buckets"], np.int64)
-        store = Store(store.storage, load_as(store.storage, spec, buckets))
-    if store.fingerprint != snapshot["fingerprint"]:
-        raise StoreError(f"{store.url}: holds other rows than when it was opened first; open it again and plan anew")
-    return store
