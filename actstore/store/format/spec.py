@@ -8,9 +8,9 @@ from untrusted bytes, so every field is checked before it is used.
 import json
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -406,14 +406,12 @@ def group_metadata(spec: StoreSpec) -> bytes:
 def comparable(spec: StoreSpec) -> dict[str, object]:
     """The spec as dotted names with plain values, for comparing field by field."""
     sites = {name: f"{s.encoding}[{s.d}]" for name, s in spec.sites.items()}
-    return _flat({**vars(spec), "sites": sites})
+    return dict(_flat("", {**vars(spec), "sites": sites}))
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in data.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+def _flat(name: str, value: object) -> Iterator[tuple[str, object]]:
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in cast("dict[str, object]", value).items():
+        yield from _flat(f"{name}.{key}" if name else key, inner)

@@ -109,22 +109,25 @@ class Index:
 
 def read_spec(storage: Storage) -> StoreSpec:
     """The spec of the store in `storage`, from its group; `StoreError` if there is none."""
-    where = f"{storage.url}/{GROUP_KEY}"
-    try:
-        return spec_from_bytes(storage.get(GROUP_KEY, METADATA_LIMIT), where)
-    except MissingError as e:
+    data = _get(storage, GROUP_KEY)
+    if data is None:
         raise StoreError(
             f"no activation store at {storage.url}: it has no {GROUP_KEY}. Make one with: actstore capture"
-        ) from e
+        )
+    return spec_from_bytes(data, f"{storage.url}/{GROUP_KEY}")
+
+
+def _get(storage: Storage, key: str) -> bytes | None:
+    try:
+        return storage.get(key, METADATA_LIMIT)
+    except MissingError:
+        return None
 
 
 def read_head(storage: Storage) -> manifest.Head | None:
     """The head of the manifest; None if there is none."""
-    try:
-        data = storage.get(manifest.HEAD_KEY, METADATA_LIMIT)
-    except MissingError:
-        return None
-    return manifest.head_from_bytes(data, f"{storage.url}/{manifest.HEAD_KEY}")
+    data = _get(storage, manifest.HEAD_KEY)
+    return None if data is None else manifest.head_from_bytes(data, f"{storage.url}/{manifest.HEAD_KEY}")
 
 
 def load(storage: Storage) -> Index:
@@ -186,11 +189,8 @@ def read_records(storage: Storage, spec: StoreSpec, buckets: Iterable[int]) -> I
 def read_part(storage: Storage, spec: StoreSpec, number: int) -> manifest.Part | None:
     """A part of the manifest; None if it is missing."""
     key = manifest.part_key(spec, number)
-    try:
-        data = storage.get(key, METADATA_LIMIT)
-    except MissingError:
-        return None
-    return manifest.part_from_bytes(data, spec, number, f"{storage.url}/{key}")
+    data = _get(storage, key)
+    return None if data is None else manifest.part_from_bytes(data, spec, number, f"{storage.url}/{key}")
 
 
 class _Tables(Mapping[str, ArrayIndex]):
