@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -22,12 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import actstore
 from actstore.errors import IntegrityError, MismatchError, StoreError
-from actstore.store import SiteSpec, create_store, open_store, open_writer
+from actstore.store import SiteSpec, Store, create_store, open_store, open_writer
 from actstore.store.format import codec, record, stats
 from actstore.store.format.manifest import HEAD_KEY
 from actstore.store.format.sealed import SEAL, UNSEALED, dump, from_json, to_json
-from actstore.store.format.spec import group_metadata, spec_from_bytes
+from actstore.store.format.spec import GROUP_KEY, group_metadata, spec_from_bytes
 from actstore.store.maintain.verify import Damage, verify
 from actstore.store.storage import LocalStorage, open_storage
 from actstore.store.write.protocol import NotWritten
@@ -356,6 +358,36 @@ def test_create_has_one_winner(tmp_path: Path) -> None:
     clear_memory("memory://race")
     with pytest.raises(ValueError, match="unknown URL scheme"):
         open_storage("nope://x")
+
+
+class Interrupted(LocalStorage):
+    """A directory in which something happens once, right after one object was read."""
+
+    def __init__(self, root: Path, key: str, event: Callable[[], object]) -> None:
+        super().__init__(root)
+        self.key, self.event = key, event
+
+    def get(self, key: str, limit: int | None = None) -> bytes:
+        try:
+            return super().get(key, limit)
+        finally:
+            if key == self.key:
+                self.key = ""
+                self.event()
+
+
+@pytest.mark.parametrize("key", [HEAD_KEY, GROUP_KEY])
+def test_opening_while_the_writer_closes_shows_the_store_before_or_after(tmp_path: Path, key: str) -> None:
+    """An open-ended store gets its rows, its last bucket and its manifest between two reads of one opening."""
+    sizes = {"bucket_rows": 64, "shard_rows": 16, "chunk_rows": 8}
+    writer = actstore.create(str(tmp_path / "s"), sites={"x": 3}, encoding="f32", threads=1, **sizes)
+    writer.append({"x": np.ones((150, 3), np.float32)})
+    while open_store(tmp_path / "s").rows < 128:
+        time.sleep(0.01)
+    store = Store(Interrupted(tmp_path / "s", key, writer.close))
+    assert (store.rows, store.complete) in ((128, False), (150, True))
+    assert len(store["x"][:128]) == 128
+    assert open_store(tmp_path / "s").rows == 150
 
 
 def test_unknown_site_names_what_exists(known: Known) -> None:

@@ -25,12 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from actstore.errors import IntegrityError, StoreError
+from actstore.errors import IntegrityError, StoreError, brief
 from actstore.store.format import stats
 from actstore.store.format.codec import Crc, crc32c, max_stored
 from actstore.store.format.record import Chunks, CommitRecord
 from actstore.store.format.sealed import Crcs, Sealed, decode, dump
-from actstore.store.format.spec import ArraySpec, StoreSpec, WireSpec, arrays
+from actstore.store.format.spec import OPEN_ENDED, ArraySpec, StoreSpec, WireSpec, arrays
 
 MANIFEST = "manifest"
 HEAD_KEY = "manifest.json"
@@ -245,6 +245,8 @@ def head_from_bytes(data: bytes, where: str) -> Head:
     """Parse and check the head; `IntegrityError` if a byte changed, `StoreError` if it lies."""
     found = decode(data, Head, where)
     spec = found.spec
+    if spec.rows == OPEN_ENDED:
+        raise StoreError(f"{where}: the store is open-ended, so it can't be finished; delete the object")
     _check(found, spec, spec.planned_rows, 1, where)
     for name, crcs in found.tables.items():
         if len(crcs) != num_parts(spec):
@@ -297,7 +299,7 @@ def table_from_bytes(
             raise ValueError(f"is of {file.schema_arrow} in {len(data)} bytes, expected {_SCHEMA}")
         flat = [column.to_numpy() for column in file.read(use_threads=False).columns]
     except (ValueError, OSError, pa.ArrowException) as e:
-        raise StoreError(f"{where}: not a table of this store ({str(e)[:200]})") from e
+        raise StoreError(f"{where}: not a table of this store ({brief(e)})") from e
     if rows and not 0 < flat[0].min() <= flat[0].max() <= max_stored(array.chunk_bytes):
         raise StoreError(f"{where}: stored bytes of a chunk are {flat[0].min()} to {flat[0].max()}, which can't be")
     there = np.arange(width)[None, :] < counts[:, None]

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import IntegrityError, StoreError
+from actstore.errors import IntegrityError, StoreError, brief
 from actstore.store.format.codec import Crc, crc32c
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def parse(data: bytes, kind: type[T], where: str) -> T:
     try:
         return msgspec.json.decode(data, type=kind, dec_hook=from_json)
     except (ValueError, RecursionError) as e:
-        raise StoreError(f"{where}: {str(e)[:200]}") from e
+        raise StoreError(f"{where}: {brief(e)}") from e
 
 
 def to_json(value: Any) -> Any:

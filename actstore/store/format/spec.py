@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import keyed
-from actstore.errors import StoreError
+from actstore.errors import StoreError, brief
 from actstore.store.format import codec as codecs
 from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
-from actstore.store.format.sealed import MAX_VALUES, SEAL, UNSEALED, Sealed, decode, dump, parse
+from actstore.store.format.sealed import MAX_VALUES, METADATA_LIMIT, SEAL, UNSEALED, Sealed, decode, dump, parse
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "actstore"
@@ -57,11 +57,15 @@ MAX_CHUNK_BYTES = 1 << 28
 """Of a decoded chunk: what a reader may have to allocate for one."""
 MAX_CHUNKS = 1 << 16
 """Of a bucket, hence of a shard: what bounds every index."""
+MAX_BUCKETS = 1 << 24
+"""Of a store: bounds what a reader holds of each, before it has read anything that has their size."""
 MAX_INDEX = 1 << 28
 """Chunks of one array: bounds what a reader of it holds, 8 bytes for each."""
 MAX_EXTENSIONS = 1 << 10
 """Of a store: what bounds the list of its short buckets."""
 MAX_SITES = 1 << 12
+MAX_WIDTH = 1 << 21
+"""Of all sites together: what bounds the statistics of a commit record."""
 MAX_DEPTH = 64
 """Of lists and objects in provenance: bounds recursion."""
 MAX_NAME = 128
@@ -202,6 +206,10 @@ def _check_numbers(spec: StoreSpec) -> None:
             f"a bucket has too many chunks of {len(spec.sites)} sites for one commit record; lower bucket_rows or "
             "raise chunk_rows"
         )
+    if spec.rows != OPEN_ENDED and spec.buckets > MAX_BUCKETS:
+        raise ValueError(
+            f"{spec.rows} rows make {spec.buckets} buckets, at most {MAX_BUCKETS} fit in one store; raise bucket_rows"
+        )
     if spec.rows != OPEN_ENDED and spec.buckets * chunks > MAX_INDEX:
         raise ValueError(
             f"{spec.rows} rows make {spec.buckets * chunks} chunks of an array, at most {MAX_INDEX} fit in one store; "
@@ -228,6 +236,8 @@ def _check_sites(spec: StoreSpec) -> None:
         raw = spec.chunk_rows * site.d * DTYPES[site.kind].itemsize
         if raw > MAX_CHUNK_BYTES:
             raise ValueError(f"site {name}: a chunk has {raw} bytes, at most {MAX_CHUNK_BYTES}; lower chunk_rows")
+    if (width := sum(s.d for s in spec.sites.values())) > MAX_WIDTH:
+        raise ValueError(f"the sites are {width} wide together, at most {MAX_WIDTH}; split them over several stores")
 
 
 def _whole(name: str, value: object, low: int = -(1 << 63), high: int = (1 << 63) - 1) -> int:
@@ -252,9 +262,12 @@ def _as_stored(provenance: dict[str, Any]) -> dict[str, Any]:
     if level:
         raise ValueError(f"provenance has values inside more than {MAX_DEPTH} others")
     try:
-        return parse(json.dumps(provenance, allow_nan=False).encode(), dict[str, Any], "provenance")
+        text = json.dumps(provenance, allow_nan=False).encode()
+        if len(text) > METADATA_LIMIT // 2:
+            raise ValueError(f"{len(text)} bytes, at most {METADATA_LIMIT // 2}")
+        return parse(text, dict[str, Any], "provenance")
     except (TypeError, ValueError, StoreError) as e:
-        raise ValueError(f"provenance holds what JSON does not: {str(e)[:200]}") from e
+        raise ValueError(f"provenance can't be stored: {brief(e)}") from e
 
 
 class _WireSite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -138,14 +138,19 @@ def load(storage: Storage) -> Index:
 
 def load_current(storage: Storage) -> Index:
     """The index of the store as its group describes it now, an extension under way included."""
-    spec, head = read_spec(storage), read_head(storage)
+    head, spec = read_head(storage), read_spec(storage)  # in this order: the group is never behind the head
     if head is not None and head.spec == spec:
         return _finished(storage, head)
     if head is not None and not agrees(head.spec, spec):
         raise StoreError(
             f"{storage.url}: {manifest.HEAD_KEY} and {GROUP_KEY} describe different stores; see: actstore verify"
         )
-    return _unfinished(storage, spec)
+    try:
+        return _unfinished(storage, spec)
+    except StoreError:
+        if read_spec(storage) == spec:
+            raise
+    return load_current(storage)  # its rows were fixed, or it was extended, after the group was read
 
 
 def committed(storage: Storage, spec: StoreSpec) -> NDArray[np.int64]:
