@@ -15,7 +15,7 @@ commit records; without it the records say the same.
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated
 
@@ -113,36 +113,40 @@ class Head(_Consolidated, frozen=True, eq=False, dict=True):
 
 
 class _Builder:
-    """Adds up what parts or commit records say."""
+    """Adds up parts, of which a commit record is the smallest."""
 
     def __init__(self, spec: StoreSpec) -> None:
         self.spec = spec
         self._digests: list[str] = []
-        self._stats = {site: stats.none(s.d) for site, s in spec.sites.items()}
+        self._stored = dict.fromkeys(arrays(spec), 0)
         self._calibration: dict[str, Crc] | None = None
+        self._stats = {site: stats.none(s.d) for site, s in spec.sites.items()}
         self._versions: dict[str, set[str]] = {}
 
-    def _add(
-        self,
-        digests: Iterable[str],
-        sums: Mapping[str, stats.Sums],
-        calibration: dict[str, Crc],
-        versions: Mapping[str, Iterable[str]],
-        what: str,
-    ) -> None:
-        if self._calibration not in (None, calibration):
+    def _add(self, part: Part, what: str) -> None:
+        if self._calibration not in (None, part.calibration):
             raise IntegrityError(
-                f"{what}: its calibration {calibration} is not that of the other buckets, {self._calibration}"
+                f"{what}: its calibration {part.calibration} is not that of the other buckets, {self._calibration}"
             )
-        self._calibration = calibration
-        self._digests += digests
-        for site, more in sums.items():
-            self._stats[site] = stats.merge(self._stats[site], more, self.spec.sites[site].d)
-        for library, found in versions.items():
-            self._versions.setdefault(library, set()).update(found)
+        self._calibration = part.calibration
+        self._digests += part.digests
+        for name, size in part.stored.items():
+            self._stored[name] += size
+        for site, sums in part.stats.items():
+            self._stats[site] = stats.merge(self._stats[site], sums, self.spec.sites[site].d)
+        for library, versions in part.versions.items():
+            self._versions.setdefault(library, set()).update(versions)
 
-    def _sorted_versions(self) -> dict[str, tuple[str, ...]]:
-        return {library: tuple(sorted(found)) for library, found in self._versions.items()}
+    def part(self, tables: Mapping[str, int]) -> Part:
+        """All that was added as one part, given the crc32c of its tables."""
+        return Part(
+            digests=tuple(self._digests),
+            tables={name: Crc(crc) for name, crc in tables.items()},
+            stored=self._stored,
+            calibration=self._calibration or {},
+            stats=self._stats,
+            versions={library: tuple(sorted(versions)) for library, versions in self._versions.items()},
+        )
 
 
 class PartBuilder(_Builder):
@@ -158,22 +162,18 @@ class PartBuilder(_Builder):
 
     def add(self, record: CommitRecord) -> None:
         """Add the next bucket; `IntegrityError` if its `fixed` codes are in another calibration than those before."""
-        row, versions = len(self._digests), {library: [version] for library, version in record.versions.items()}
-        self._add([record.digest], record.stats, record.calibration, versions, f"bucket {record.bucket}")
         for name, chunks in record.arrays.items():
-            self.tables[name][0, row, : len(chunks.stored)] = chunks.stored
-            self.tables[name][1, row, : len(chunks.crc32c)] = chunks.crc32c
-
-    def part(self, tables: Mapping[str, int]) -> Part:
-        """The part, given the crc32c of its tables."""
-        return Part(
-            digests=tuple(self._digests),
-            tables={name: Crc(crc) for name, crc in tables.items()},
-            stored={name: int(t[0].sum(dtype=np.int64)) for name, t in self.tables.items()},
-            calibration=self._calibration or {},
-            stats=self._stats,
-            versions=self._sorted_versions(),
+            for table, values in zip(self.tables[name], (chunks.stored, chunks.crc32c), strict=True):
+                table[len(self._digests), : len(values)] = values
+        bucket = Part(
+            digests=(record.digest,),
+            tables={},
+            stored={name: int(chunks.stored.sum(dtype=np.int64)) for name, chunks in record.arrays.items()},
+            calibration=record.calibration,
+            stats=record.stats,
+            versions={library: (version,) for library, version in record.versions.items()},
         )
+        self._add(bucket, f"bucket {record.bucket}")
 
     def chunks(self, array: ArraySpec) -> Chunks:
         """The chunks of an array [buckets, chunks of a full bucket]."""
@@ -192,27 +192,24 @@ class HeadBuilder(_Builder):
         """Nothing is added yet."""
         super().__init__(spec)
         self._tables = {name: list[int]() for name in arrays(spec)}
-        self._stored = dict.fromkeys(self._tables, 0)
 
     def add(self, part: Part) -> None:
         """Add a part; `IntegrityError` if its `fixed` codes are in another calibration than those before."""
-        what = f"the part of the manifest behind {len(self._digests)} buckets"
-        self._add(part.digests, part.stats, part.calibration, part.versions, what)
+        self._add(part, f"the part of the manifest behind {len(self._digests)} buckets")
         for name, tables in self._tables.items():
             tables.append(part.tables.get(name, 0))
-            self._stored[name] += part.stored[name]
 
     def head(self, buckets: NDArray[np.int64]) -> Head:
         """The head of a store that has these buckets: all buckets of the parts that were added."""
-        calibration, sites = self._calibration or {}, self.spec.sites if self._digests else {}
+        whole, sites = self.part({}), self.spec.sites if self._digests else {}
         return Head(
             attribute=msgspec.convert(self.spec.to_json(), WireSpec),
             tables={name: np.array(crcs, np.uint32) for name, crcs in self._tables.items()},
-            stored=self._stored,
-            calibration=calibration,
-            stats={name: stats.rounded(self._stats[name], site.d) for name, site in sites.items()},
-            versions=self._sorted_versions(),
-            fingerprint=fingerprint(self.spec, buckets, self._digests, calibration),
+            stored=whole.stored,
+            calibration=whole.calibration,
+            stats={name: stats.rounded(whole.stats[name], site.d) for name, site in sites.items()},
+            versions=whole.versions,
+            fingerprint=fingerprint(self.spec, buckets, whole.digests, whole.calibration),
         )
 
 

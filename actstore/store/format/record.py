@@ -43,6 +43,11 @@ def bucket_of(key: str) -> int | None:
     return number if number >= 0 and commit_key(number) == key else None
 
 
+def is_record(size: int) -> bool:
+    """Whether a commit object of so many bytes is a record, so that its bucket exists."""
+    return size > INTENT_BYTES
+
+
 def committed_buckets(sizes: Mapping[str, int], spec: StoreSpec) -> NDArray[np.int64]:
     """Buckets that exist, ascending, given the sizes of the objects below `commits`; `StoreError` for a strange name.
 
@@ -53,7 +58,7 @@ def committed_buckets(sizes: Mapping[str, int], spec: StoreSpec) -> NDArray[np.i
         bucket = bucket_of(key)
         if bucket is None:
             raise StoreError(f"{key}: not the name of a commit object; delete it, or see: actstore verify")
-        if size > INTENT_BYTES and bucket < spec.buckets:
+        if is_record(size) and bucket < spec.buckets:
             found.append(bucket)
     return np.array(sorted(found), np.int64)
 
@@ -142,7 +147,7 @@ def to_bytes(content: Intent | CommitRecord) -> bytes:
     """The object's content."""
     assert _ATTEMPT.fullmatch(content.attempt) and len(content.attempt) == MARK_BYTES
     data = dump(msgspec.structs.replace(content, format_version=FORMAT_VERSION))
-    assert (len(data) <= INTENT_BYTES) == isinstance(content, Intent)
+    assert is_record(len(data)) == isinstance(content, CommitRecord)
     return data
 
 
@@ -154,7 +159,7 @@ def from_bytes(data: bytes, spec: StoreSpec, bucket: int) -> CommitRecord | Inte
     _expect(f"{where}: bucket", found.bucket, bucket)
     if not _ATTEMPT.fullmatch(found.attempt):
         raise StoreError(f"{where}: attempt is {found.attempt[:60]!r}, expected 16 printable characters")
-    if (len(data) <= INTENT_BYTES) != isinstance(found, Intent):
+    if is_record(len(data)) != isinstance(found, CommitRecord):
         raise StoreError(f"{where}: has {len(data)} bytes; an intent has at most {INTENT_BYTES}, a record more")
     if isinstance(found, Intent):
         return found

@@ -103,9 +103,10 @@ class SiteStats:
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def _accumulate(bits: NDArray[Any], total: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
-    """Add rows given as bits; eight rows at a time, for few passes over the sums."""
+def _accumulate(bits: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums and sums of squares of rows given as bits; eight rows at a time, for few passes over the sums."""
     n, d = bits.shape
+    total, squares = np.zeros(d), np.zeros(d)
     whole = n - n % 8
     for i in range(0, whole, 8):
         r0, r1, r2, r3 = bits[i], bits[i + 1], bits[i + 2], bits[i + 3]
@@ -122,6 +123,7 @@ def _accumulate(bits: NDArray[Any], total: NDArray[np.float64], squares: NDArray
             a = wide(bits[i, k])
             total[k] += a
             squares[k] += a * a
+    return total, squares
 
 
 @numba.njit(nogil=True, cache=True)
@@ -146,15 +148,12 @@ def finite_mask(bits: NDArray[Any]) -> NDArray[np.bool_]:
 
 def sums(rows: NDArray[Any]) -> Sums:
     """Sums of rows [n, d], given as bfloat16 bits (uint16) or float32; rows are numbered from 0."""
-    bits, d = as_bits(rows), rows.shape[1]
-    total, squares = np.zeros(d), np.zeros(d)
-    _accumulate(bits, total, squares)
-    bad = np.empty(0, np.int64)
+    bits, bad = as_bits(rows), np.empty(0, np.int64)
+    total, squares = _accumulate(bits)
     if not (np.isfinite(total).all() and np.isfinite(squares).all()):  # the squares of any float32 fit float64
         finite = finite_mask(bits)
         bits, bad = bits[finite], np.flatnonzero(~finite)
-        total, squares = np.zeros(d), np.zeros(d)
-        _accumulate(bits, total, squares)
+        total, squares = _accumulate(bits)
     shift = 32 - 8 * bits.dtype.itemsize
     top = int(top_magnitude(bits.reshape(-1), bits.dtype.type(0x7FFFFFFF >> shift)))
     return Sums(
