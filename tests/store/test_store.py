@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import ml_dtypes
@@ -358,6 +358,34 @@ def test_create_has_one_winner(tmp_path: Path) -> None:
     clear_memory("memory://race")
     with pytest.raises(ValueError, match="unknown URL scheme"):
         open_storage("nope://x")
+
+
+@pytest.mark.parametrize("chain", codec.CODECS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_the_smallest_stores_hold_every_value(tmp_path: Path, chain: codec.CodecName, dtype: type) -> None:
+    """Width 1, a chunk that is the shard and the bucket, a last bucket of one row; each encoding of each dtype."""
+    x = np.random.default_rng(0).normal(size=(5, 1)).astype(dtype)
+    wide = x.astype(np.float32)
+    for rows, encoding in product((1, 5), ("bf16", "f32", "fixed:1e-3")):
+        url = tmp_path / f"{rows}-{encoding}"
+        sizes = {"bucket_rows": 4, "shard_rows": 4, "chunk_rows": 4 if rows == 5 else 1}
+        with actstore.create(str(url), sites={"x": 1, "y": 2}, encoding=encoding, codec=chain, threads=1, **sizes) as w:
+            w.append({"x": x[:rows], "y": np.repeat(x[:rows], 2, axis=1)})
+        store = open_store(url)
+        place = np.concatenate(
+            [store.spec.bucket_range(b)[0] + store.spec.permutation(b) for b in range(-(-rows // 4))]
+        )
+        found = {name: store[name][:][place] for name in ("x", "y")}
+        if encoding.startswith("fixed"):
+            for name, codes in found.items():
+                steps = store.calibration(name)
+                found[name] = codes * steps.scale.astype(np.float64) + steps.offset
+                assert (np.abs(found[name] - wide[:rows]) <= 0.51 * steps.scale).all()
+        else:
+            expected = wide if encoding == "f32" else wide.astype(ml_dtypes.bfloat16)
+            assert np.array_equal(found["x"], expected[:rows])
+            assert np.array_equal(found["y"], np.repeat(expected[:rows], 2, axis=1))
+        assert damage(url) == []
 
 
 class Interrupted(LocalStorage):
