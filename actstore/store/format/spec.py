@@ -10,7 +10,7 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -287,7 +287,9 @@ class WireSpec(Sealed, frozen=True):
     codec: str
     sites: dict[str, _WireSite]
     provenance: dict[str, Any]
-    short_buckets: tuple[tuple[int, int], ...] | msgspec.UnsetType = msgspec.UNSET
+    short_buckets: Annotated[tuple[tuple[int, int], ...], msgspec.Meta(min_length=1)] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
 
     def spec(self, where: str) -> StoreSpec:
         """The spec, checked; `StoreError` names the field."""
