@@ -20,6 +20,11 @@ def warn(message: str) -> None:
     warnings.warn(f"actstore: {message}", ActstoreWarning, stacklevel=3)
 
 
+def brief(error: object) -> str:
+    """What another library says of untrusted bytes, as one short line: it may quote them, control characters too."""
+    return "".join(c if c.isprintable() else " " for c in str(error)[:200])
+
+
 class StoreError(ActstoreError):
     """A store, or an object in it, is missing, malformed or unreachable."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from actstore.console import print_table
 from actstore.store import SiteSpec, StoreSpec, create_store
@@ -61,7 +62,9 @@ def metadata_bytes(spec: StoreSpec) -> tuple[float, float]:
 
     def made(bucket: int) -> record.CommitRecord:
         sums = {
-            n: stats.Sums(rows=spec.bucket_rows, total=rng.normal(size=s.d), squares=rng.random(s.d), max_abs=1.5)
+            n: structs.replace(
+                stats.none(s.d), rows=spec.bucket_rows, total=rng.normal(size=s.d), squares=rng.random(s.d)
+            )
             for n, s in spec.sites.items()
         }
         return record.CommitRecord(
@@ -71,6 +74,7 @@ def metadata_bytes(spec: StoreSpec) -> tuple[float, float]:
             arrays={name: chunks(a) for name, a in arrays(spec).items()},
             calibration={},
             stats=sums,
+            versions={},
         )
 
     size = manifest.part_buckets(spec)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import quiet
+from msgspec import structs
 
 from actstore.console import print_table
 from actstore.store import SiteSpec, StoreSpec, create_store, open_store
@@ -56,7 +57,9 @@ def write_records(root: Path, buckets: int) -> int:
             for name, a in arrays(spec).items()
         }
         sums = {
-            name: stats.Sums(rows=1 << 16, total=rng.normal(size=d), squares=rng.normal(size=d) ** 2, max_abs=3.0)
+            name: structs.replace(
+                stats.none(d), rows=1 << 16, total=rng.normal(size=d), squares=rng.normal(size=d) ** 2
+            )
             for name, d in SITES.items()
         }
         made = record.CommitRecord(bucket=bucket, attempt=f"{bucket:016d}", rows=1 << 16, arrays=chunks, calibration={},

@@ -38,7 +38,7 @@ from actstore.store.format.manifest import HEAD_KEY, part_key, table_key
 from actstore.store.format.record import commit_key
 from actstore.store.format.sealed import SEAL, UNSEALED, decode, seal
 from actstore.store.format.shard import tail
-from actstore.store.format.spec import ATTRIBUTE, GROUP_KEY, calibration_key
+from actstore.store.format.spec import ATTRIBUTE, GROUP_KEY, OPEN_ENDED, calibration_key
 from actstore.store.maintain.verify import verify
 
 SPEC = StoreSpec(
@@ -148,6 +148,7 @@ def use(root: Path, *ways: Callable[[Path], None]) -> list[str]:
             way(root)
         except ActstoreError as e:
             assert len(str(e)) < 6000, str(e)[:300]
+            assert str(e).isprintable(), repr(str(e))  # a name may hold what moves the cursor
             said.append(str(e))
         assert time.monotonic() - start < 20
     return said
@@ -236,6 +237,7 @@ def put(told: Any, path: str, value: Any) -> Any:
     ("path", "value", "words"),
     [
         ("rows", 1 << 60, "rows is 1152921504606846976"),
+        ("rows", 1 << 30, "33554432 buckets, at most"),
         ("rows", 40.0, "actstore.rows"),
         ("rows", True, "actstore.rows"),
         ("seed", 1 << 70, "seed"),
@@ -251,6 +253,8 @@ def put(told: Any, path: str, value: Any) -> Any:
         ("sites", {"a/b": {"d": 3, "encoding": "bf16"}}, "site name"),
         ("sites", {"": {"d": 3, "encoding": "bf16"}}, "site name"),
         ("sites", {"x" * 300: {"d": 3, "encoding": "bf16"}}, "site name"),
+        ("sites", {"object_crc32c": {"d": 3, "encoding": "bf16"}}, "site name"),
+        ("sites", {f"x.{i}": {"d": 1 << 20, "encoding": "bf16"} for i in range(4096)}, "wide together"),
         ("sites", {"x": {"d": 1 << 40, "encoding": "bf16"}}, "d is"),
         ("sites", {"x": {"d": 3.0, "encoding": "bf16"}}, "Expected `int`"),
         ("sites", {"x": {"d": 3, "encoding": "pickle"}}, "encoding is 'pickle'"),
@@ -262,6 +266,10 @@ def put(told: Any, path: str, value: Any) -> Any:
         ("provenance", {"x": json.loads("[" * 900 + "]" * 900)}, "more than 64"),
         ("format_version", 2, "format version is 2"),
         ("more", 1, "unknown field `more`"),
+        ("\x1b[2J\n\u202e", 1, "unknown field"),
+        ("short_buckets", [[0, 31], [0, 30]], "short_buckets"),
+        ("short_buckets", [[1, 3]], "short_buckets"),
+        ("short_buckets", [[-1, 3]], "short_buckets"),
     ],
 )
 def test_groups_that_lie_are_refused_by_field(root: Path, path: str, value: Any, words: str) -> None:
@@ -270,6 +278,48 @@ def test_groups_that_lie_are_refused_by_field(root: Path, path: str, value: Any,
         said = use(root)
         assert len(said) == 2
         assert all(words in s and GROUP_KEY in s for s in said), said
+
+
+def test_what_repeats_or_lacks_a_field_is_one_store_or_refused(root: Path) -> None:
+    """JSON may name a field twice, which readers take differently; actstore takes the last."""
+    group = unsealed((root / GROUP_KEY).read_bytes())
+    twice = seal(group.replace(b'"rows": 40', b'"rows": 7, "rows": 40'))
+    with instead(root, {GROUP_KEY: twice}):
+        assert use(root) == []
+    other = seal(group.replace(b'"rows": 40', b'"rows": 40, "rows": 7'))
+    with instead(root, {GROUP_KEY: other, **NO_MANIFEST}):
+        assert "rows is 32, expected 7" in use(root)[0]
+    for field in (b' "format_version": 1,\n', b' "attempt": ', b' "versions": {}\n'):
+        told = unsealed((root / commit_key(0)).read_bytes())
+        assert field in told
+        lacking = seal(told.replace(field, b' "x": ' if field.endswith(b": ") else b"").replace(b"},\n}", b"}\n}"))
+        with instead(root, {commit_key(0): lacking, **NO_MANIFEST}):
+            assert commit_key(0) in use(root)[0]
+
+
+def test_the_head_of_an_open_ended_store_is_refused(root: Path) -> None:
+    told = document(root, HEAD_KEY)
+    told["spec"] |= {"rows": OPEN_ENDED, "bucket_rows": 1 << 12, "shard_rows": 1 << 12, "chunk_rows": 1 << 12}
+    with instead(root, {HEAD_KEY: sealed(told)}):
+        assert "open-ended" in use(root)[0]
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), "\ud800", {"\ud800": 1}, {1, 2}, b"x", json.loads("[" * 70 + "]" * 70), "x" * (1 << 27)],
+    ids=["nan", "surrogate", "surrogate name", "set", "bytes", "deep", "long"],
+)  # fmt: skip
+def test_provenance_that_no_reader_would_take_is_not_written(value: object) -> None:
+    with pytest.raises(ValueError, match="provenance"):
+        replace(SPEC, provenance={"x": value})
+
+
+def test_provenance_is_held_as_it_is_read(tmp_path: Path) -> None:
+    given = {"x": (1, 2), 3: -0.0, "big": 1 << 200, "object_crc32c": UNSEALED, "é\u2028\0": [None, True, 1e-320]}
+    spec = replace(SPEC, provenance=given)
+    create_store(tmp_path / "s", spec)
+    create_store(tmp_path / "s", spec)
+    assert open_store(tmp_path / "s").spec == spec
+    assert spec.provenance["x"] == [1, 2]
 
 
 BIG = base64.b64encode(np.full(6, 1.7e308).tobytes()).decode()
@@ -287,6 +337,7 @@ NANS = base64.b64encode(np.full(6, np.nan).tobytes()).decode()
         ("attempt", "x" * 65, "attempt is"),
         ("attempt", "\ud800", "hex escape"),
         ("attempt", "a\n", "attempt is"),
+        ("format_version", 0, "format_version is 0"),
         ("state", "done", "state"),
         ("state", "writing", "unknown field"),
         ("arrays/resid_post.3/stored/0", 0, "stored"),
@@ -298,14 +349,14 @@ NANS = base64.b64encode(np.full(6, np.nan).tobytes()).decode()
         ("arrays/resid_post.3/crc32c", "0" * 8, "crc32c"),
         ("arrays/resid_post.3/crc32c", "0" * 31 + "g", "crc32c"),
         ("calibration/attn_out.3", 7, "calibration"),
-        ("stats/resid_post.3/rows", 31, "is 31"),
-        ("stats/resid_post.3/sum", BIG[:-12], "statistics"),
-        ("stats/resid_post.3/max_abs", "0x1p+5000", "statistics"),
+        ("stats/resid_post.3/rows", 31, "statistics are of 31 rows"),
+        ("stats/resid_post.3/sum", BIG[:-12], "stats[...].sum`"),
+        ("stats/resid_post.3/max_abs", "0x1p+5000", "stats[...].max_abs`"),
         ("stats/resid_post.3/saturated", -1, "saturated"),
-        ("stats/resid_post.3/sum", BIG, "statistics"),
-        ("stats/resid_post.3/sum_sq", BIG, "statistics"),
-        ("stats/resid_post.3/sum", NANS, "statistics"),
-        ("stats/resid_post.3/max_abs", "nan", "statistics"),
+        ("stats/resid_post.3/sum", BIG, "stats[...].sum`"),
+        ("stats/resid_post.3/sum_sq", BIG, "stats[...].sum_sq`"),
+        ("stats/resid_post.3/sum", NANS, "stats[...].sum`"),
+        ("stats/resid_post.3/max_abs", "nan", "stats[...].max_abs`"),
         ("stats/resid_post.3/saturated", 1 << 300, "saturated"),
         ("stats/resid_post.3/nonfinite", 99, "statistics"),
         ("stats/resid_post.3/nonfinite_rows", [99], "nonfinite_rows"),
@@ -528,7 +579,7 @@ def bombs(root: str) -> Callable[[], list[list[str]]]:
     """Small objects that claim or unpack to a gigabyte and more: JSON, a long run in a table."""
     path = Path(root)
     claimed = document(path, HEAD_KEY)
-    claimed["spec"] |= {"bucket_rows": 32, "rows": 1 << 30}
+    claimed["spec"]["rows"] = 1 << 28
     many = {name: pa.array(np.ones(1 << 24, np.uint32)) for name in GOOD}
     files: list[dict[str, bytes | None]] = [
         with_table(path, "resid_post.3", table_of(many, use_dictionary=True)),
@@ -548,7 +599,31 @@ def bombs(root: str) -> Callable[[], list[list[str]]]:
 
 def test_bombs_are_refused_before_they_unpack(tmp_path: Path) -> None:
     said = in_child(bombs, str(build(tmp_path / "s", "planes")))
-    assert [w in said for w in ("rows, expected 5", "crc32c is", "values, at most")] == [True] * 3, said
+    assert [w in said for w in ("rows, expected 5", "are of 40 rows", "values, at most")] == [True] * 3, said
+
+
+def largest(root: str) -> Callable[[], str]:
+    """A head of the most buckets that a spec allows, of which nothing is there; what reading a chunk says."""
+    rows = 32 << 24
+    head = document(Path(root), HEAD_KEY)
+    head["spec"]["rows"] = rows
+    head["tables"] = dict.fromkeys(head["tables"], "0" * 8 * (1 << 14))
+    for sums in head["stats"].values():
+        sums["rows"] = rows
+
+    def work() -> str:
+        with instead(Path(root), {HEAD_KEY: sealed(head)}):
+            store = open_store(root)
+            assert (store.rows, store.complete) == (rows, True)
+            with pytest.raises(StoreError) as e:
+                store.read_chunk("resid_post.3", 0, 0)
+        return str(e.value)
+
+    return work
+
+
+def test_the_most_buckets_fit_in_memory(tmp_path: Path) -> None:
+    assert "manifest/resid_post.3/000000-00000000.parquet" in in_child(largest, str(build(tmp_path / "s", "planes")))
 
 
 KEYS = [

@@ -17,6 +17,7 @@ from conftest import SPEC, fill
 from numpy.typing import NDArray
 
 from actstore.store import SiteSpec, StoreSpec, create_store, open_store
+from actstore.store.format.bfloat16 import BFloat16
 from actstore.store.format.codec import CODECS, CodecName
 from actstore.store.maintain.verify import verify
 
@@ -90,6 +91,24 @@ ARRAYS = (*SITES, "sequence", "position", "token_id")
 @pytest.mark.parametrize("name", ARRAYS)
 def test_zarr_python(store: Path, name: str) -> None:
     assert np.array_equal(bits(zarr.open_group(store, mode="r")[name][:]), expected(store, name))
+
+
+@pytest.mark.parametrize(
+    ("fill", "number"), [("NaN", np.nan), ("-Infinity", -np.inf), ("0xffc1", np.nan), (1.5, 1.5), (0.0, 0.0)]
+)
+def test_bfloat16_fill_values(fill: str | float, number: float) -> None:
+    """As zarr-extensions spells them; NaN of another payload keeps its bits."""
+    scalar = BFloat16().from_json_scalar(fill, zarr_format=3)
+    assert np.array_equal(float(scalar), number, equal_nan=True)
+    assert BFloat16().to_json_scalar(scalar, zarr_format=3) == fill
+    assert BFloat16.from_native_dtype(BFloat16().to_native_dtype()) == BFloat16()
+
+
+@pytest.mark.parametrize("other", ["abc", None, [1], {}])
+def test_what_is_no_number_is_no_bfloat16(other: object) -> None:
+    for parse in (BFloat16().cast_scalar, lambda v: BFloat16().from_json_scalar(v, zarr_format=3)):
+        with pytest.raises(TypeError):
+            parse(other)
 
 
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in")

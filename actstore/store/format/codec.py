@@ -44,25 +44,33 @@ _PARAMETERS = zstandard.ZstdCompressionParameters(
     target_length=0,
     search_log=1,
 )
-_local = threading.local()
 
 
-def _compressor() -> zstandard.ZstdCompressor:
-    if not hasattr(_local, "compressor"):
-        _local.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
-    return _local.compressor
+class _Local(threading.local):
+    """What each thread keeps."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+        self.scratch: dict[str, NDArray[np.uint8]] = {}
 
 
-def _scratch(nbytes: int) -> NDArray[np.uint8]:
-    """Memory of this thread: fresh memory would cost a page fault every 4 KiB."""
-    if getattr(_local, "scratch", np.empty(0)).nbytes < nbytes:
-        _local.scratch = np.empty(nbytes, np.uint8)
-    return _local.scratch[:nbytes]
+_local = _Local()
 
 
-def crc32c(data: Any, previous: int = 0) -> int:
+def scratch(purpose: str, nbytes: int) -> NDArray[np.uint8]:
+    """Memory of this thread, the same for a purpose each time: fresh memory would cost a page fault every 4 KiB."""
+    if purpose not in _local.scratch or _local.scratch[purpose].nbytes < nbytes:
+        _local.scratch[purpose] = np.empty(nbytes, np.uint8)
+    return _local.scratch[purpose][:nbytes]
+
+
+class Crc(int):
+    """A crc32c; JSON has it as 8 hexadecimal digits."""
+
+
+def crc32c(data: Any, previous: int = 0) -> Crc:
     """CRC-32C (Castagnoli, RFC 3720) of bytes, continued from `previous`."""
-    return checksums.crc32c(data, previous)
+    return Crc(checksums.crc32c(data, previous))
 
 
 def metadata(codec: CodecName, itemsize: int) -> list[dict[str, Any]]:
@@ -81,14 +89,6 @@ def metadata(codec: CodecName, itemsize: int) -> list[dict[str, Any]]:
 def max_stored(decoded: int) -> int:
     """More bytes than any chunk of so many decoded bytes takes: what a record may claim."""
     return decoded + decoded // 64 + 4096
-
-
-@numba.njit(nogil=True, cache=True)
-def _split(elements: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-    n, itemsize = elements.shape
-    for b in range(itemsize):
-        for i in range(n):
-            out[b * n + i] = elements[i, b]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -129,13 +129,13 @@ def encode_into(elements: NDArray[Any], codec: CodecName, out: NDArray[np.uint8]
 
 
 def _compress_planes(elements: NDArray[Any], out: NDArray[np.uint8]) -> int:
-    planes, itemsize = _scratch(elements.nbytes), elements.dtype.itemsize
+    planes, itemsize = scratch("planes", elements.nbytes), elements.dtype.itemsize
     if itemsize == 2:
         _split2(elements.reshape(-1).view(np.uint16), planes)
     else:
-        _split(elements.reshape(-1).view(np.uint8).reshape(-1, itemsize), planes)
+        planes.reshape(itemsize, -1)[:] = elements.reshape(-1).view(np.uint8).reshape(-1, itemsize).T
     size, view = 0, out.data
-    with _compressor().stream_reader(planes.data, size=planes.nbytes) as frame:
+    with _local.compressor.stream_reader(planes.data, size=planes.nbytes) as frame:
         while got := frame.readinto(view[size:]):
             size += got
     return size
@@ -152,9 +152,21 @@ def decode_into(
 ) -> None:
     """Check and decode one chunk into `out` [bytes of the chunk]: planes for `planes`, elements for the others.
 
-    Raises `IntegrityError` if a checksum or the decoded size is wrong, see `check_chunk`.
+    `what` names the chunk in the `IntegrityError`, raised if a checksum or the decoded size is wrong; `committed` is
+    the crc32c that the commit record has for the chunk.
     """
     decode_payload(check_chunk(data, codec, out.nbytes, what, committed=committed), codec, out, what)
+
+
+def check_chunk(data: Any, codec: CodecName, decoded: int, what: str, *, committed: int | None = None) -> memoryview:
+    """What is to be decoded of one chunk, once its checksums and the size that it says it has are right."""
+    view = memoryview(data)
+    payload = view[:-CRC_BYTES]
+    check_crc(payload, view[-CRC_BYTES:], what, committed=committed)
+    size = _decoded_bytes(payload, codec)
+    if size != decoded:
+        raise IntegrityError(f"{what}: holds {size} bytes, expected {decoded}")
+    return payload
 
 
 def decode_payload(payload: Any, codec: CodecName, out: NDArray[np.uint8], what: str) -> None:
@@ -168,20 +180,6 @@ def decode_payload(payload: Any, codec: CodecName, out: NDArray[np.uint8], what:
             zstd.decompress(payload, out)
     except (RuntimeError, ValueError) as e:
         raise IntegrityError(f"{what}: does not decode as {codec} ({e})") from e
-
-
-def check_chunk(data: Any, codec: CodecName, decoded: int, what: str, *, committed: int | None = None) -> memoryview:
-    """What is to be decoded of one chunk, once its checksums and the size that it says it has are right.
-
-    `what` names the chunk in the `IntegrityError`; `committed` is the crc32c that the commit record has for it.
-    """
-    view = memoryview(data)
-    payload = view[:-CRC_BYTES]
-    check_crc(payload, view[-CRC_BYTES:], what, committed=committed)
-    size = _decoded_bytes(payload, codec)
-    if size != decoded:
-        raise IntegrityError(f"{what}: holds {size} bytes, expected {decoded}")
-    return payload
 
 
 def check_crc(payload: Any, tail: Any, what: str, *, committed: int | None) -> None:

@@ -4,20 +4,18 @@ Statistics are sums over the values that a reader will decode, taken while the r
 buffers that are used again: compressed bytes are not copied, and fresh memory would cost a page fault every 4 KiB.
 """
 
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from actstore.store.format import codec, fixed, shard, stats
 from actstore.store.format.record import Chunks
 from actstore.store.format.spec import ArraySpec
-
-_local = threading.local()
 
 
 class NotFiniteError(Exception):
@@ -99,14 +97,7 @@ def _quantised(chunk: NDArray[Any], calibration: fixed.Calibration, start: int) 
     bad = fixed.first_not_finite(bits)
     if bad is not None:
         raise NotFiniteError(start + bad)
-    codes, values = _scratch(chunk.shape)
+    codes = codec.scratch("codes", 2 * chunk.size).view(np.int16).reshape(chunk.shape)
+    values = codec.scratch("values", 4 * chunk.size).view(np.float32).reshape(chunk.shape)
     saturated, clipped_sq = fixed.quantise(bits, calibration, codes, values)
-    return codes, replace(stats.sums(values), saturated=saturated, clipped_sq=clipped_sq)
-
-
-def _scratch(shape: tuple[int, ...]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-    """Memory of this thread for codes and decoded values."""
-    size = shape[0] * shape[1]
-    if getattr(_local, "codes", np.empty(0)).size < size:
-        _local.codes, _local.values = np.empty(size, np.int16), np.empty(size, np.float32)
-    return _local.codes[:size].reshape(shape), _local.values[:size].reshape(shape)
+    return codes, replace(stats.sums(values), saturated=saturated, clipped_sq=np.array([clipped_sq]))

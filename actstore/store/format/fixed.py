@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from actstore.errors import IntegrityError
 from actstore.store.format.bits import wide
-from actstore.store.format.codec import CRC_BYTES, crc32c
+from actstore.store.format.codec import CRC_BYTES, Crc, crc32c
 from actstore.store.format.stats import Sums, as_bits, finite_mask, summarise
 
 CENTRE = 128
@@ -95,9 +95,9 @@ def to_bytes(calibration: Calibration) -> bytes:
     return plain + crc32c(plain).to_bytes(CRC_BYTES, "little")
 
 
-def digest(data: bytes) -> int:
+def digest(data: bytes) -> Crc:
     """What commit records name a calibration by: its crc32c."""
-    return int.from_bytes(data[-CRC_BYTES:], "little")
+    return Crc.from_bytes(data[-CRC_BYTES:], "little")
 
 
 def from_bytes(data: bytes, d: int, where: str) -> Calibration:

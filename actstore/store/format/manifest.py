@@ -15,9 +15,9 @@ commit records; without it the records say the same.
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -25,12 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from actstore.errors import IntegrityError, StoreError
+from actstore.errors import IntegrityError, StoreError, brief
 from actstore.store.format import stats
-from actstore.store.format.codec import crc32c, max_stored
-from actstore.store.format.record import Chunks, CommitRecord, parse_crcs
-from actstore.store.format.sealed import SEAL, UNSEALED, Sealed, decode, dump
-from actstore.store.format.spec import ArraySpec, StoreSpec, WireSpec, arrays
+from actstore.store.format.codec import Crc, crc32c, max_stored
+from actstore.store.format.record import Chunks, CommitRecord
+from actstore.store.format.sealed import Crcs, Sealed, decode, dump
+from actstore.store.format.spec import OPEN_ENDED, ArraySpec, StoreSpec, WireSpec, arrays
 
 MANIFEST = "manifest"
 HEAD_KEY = "manifest.json"
@@ -73,75 +73,111 @@ def part_of(key: str) -> int | None:
     return int(found[2]) if found else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Consolidated buckets."""
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
-    number: int
-    digests: tuple[str, ...]
-    """`CommitRecord.digest` of each bucket."""
-    tables: dict[str, int]
-    """crc32c of each array's table."""
-    stored: dict[str, int]
+
+class _Consolidated(Sealed, frozen=True, eq=False):
+    """What parts and the head say of their buckets."""
+
+    stored: dict[str, stats.Count]
     """Bytes of each array's chunks."""
-    calibration: dict[str, int]
-    stats: dict[str, stats.Exact]
+    calibration: dict[str, Crc]
+    """Per `fixed` site, crc32c of its calibration."""
+    stats: dict[str, stats.Sums]
+    """Per site; exact in a part, rounded in the head."""
     versions: dict[str, tuple[str, ...]]
     """Versions that computed the rows, by library."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Head:
+class Part(_Consolidated, frozen=True, eq=False):
+    """Consolidated buckets."""
+
+    digests: tuple[Digest, ...]
+    """`CommitRecord.digest` of each bucket."""
+    tables: dict[str, Crc]
+    """crc32c of each array's table."""
+
+
+class Head(_Consolidated, frozen=True, eq=False, dict=True):
     """A finished store."""
 
-    spec: StoreSpec
-    tables: dict[str, tuple[int, ...]]
+    attribute: WireSpec = msgspec.field(name="spec")
+    tables: dict[str, Crcs]
     """crc32c of each array's tables, one of each part."""
-    stored: dict[str, int]
-    calibration: dict[str, int]
-    stats: dict[str, stats.Sums]
-    versions: dict[str, tuple[str, ...]]
-    fingerprint: str
+    fingerprint: Digest
+
+    @cached_property
+    def spec(self) -> StoreSpec:
+        """The store's spec."""
+        return self.attribute.spec(HEAD_KEY)
 
 
-class PartBuilder:
+class _Builder:
+    """Adds up parts, of which a commit record is the smallest."""
+
+    def __init__(self, spec: StoreSpec) -> None:
+        self.spec = spec
+        self._digests: list[str] = []
+        self._stored = dict.fromkeys(arrays(spec), 0)
+        self._calibration: dict[str, Crc] | None = None
+        self._stats = {site: stats.none(s.d) for site, s in spec.sites.items()}
+        self._versions: dict[str, set[str]] = {}
+
+    def _add(self, part: Part, what: str) -> None:
+        if self._calibration not in (None, part.calibration):
+            raise IntegrityError(
+                f"{what}: its calibration {part.calibration} is not that of the other buckets, {self._calibration}"
+            )
+        self._calibration = part.calibration
+        self._digests += part.digests
+        for name, size in part.stored.items():
+            self._stored[name] += size
+        for site, sums in part.stats.items():
+            self._stats[site] = stats.merge(self._stats[site], sums, self.spec.sites[site].d)
+        for library, versions in part.versions.items():
+            self._versions.setdefault(library, set()).update(versions)
+
+    def part(self, tables: Mapping[str, int]) -> Part:
+        """All that was added as one part, given the crc32c of its tables."""
+        return Part(
+            digests=tuple(self._digests),
+            tables={name: Crc(crc) for name, crc in tables.items()},
+            stored=self._stored,
+            calibration=self._calibration or {},
+            stats=self._stats,
+            versions={library: tuple(sorted(versions)) for library, versions in self._versions.items()},
+        )
+
+
+class PartBuilder(_Builder):
     """Adds up the commit records of a part, one at a time."""
 
     def __init__(self, spec: StoreSpec, number: int, buckets: NDArray[np.int64]) -> None:
-        """`buckets` are those that will be added, ascending: all of the part, or what is committed of it."""
-        self.spec, self.number, self.buckets = spec, number, buckets
+        """`buckets` are those that will be added, ascending: all of part `number`, or what is committed of it."""
+        super().__init__(spec)
+        self.number, self.buckets = number, buckets
         width = spec.bucket_rows // spec.chunk_rows
         self.tables = {n: np.zeros((2, len(buckets), width), np.uint32) for n in arrays(spec)}
         """Stored bytes and crc32c of every chunk, by array [2, buckets, chunks of a full bucket]."""
-        self._digests = [""] * len(buckets)
-        self._stats = {site: stats.Exact() for site in spec.sites}
-        self._calibration: dict[str, int] | None = None
-        self._versions: dict[str, set[str]] = {}
 
     def add(self, record: CommitRecord) -> None:
-        """Add a bucket; `IntegrityError` if its `fixed` codes are in another calibration than those before."""
-        row = int(np.searchsorted(self.buckets, record.bucket))
+        """Add the next bucket; `IntegrityError` if its `fixed` codes are in another calibration than those before."""
         for name, chunks in record.arrays.items():
-            self.tables[name][0, row, : len(chunks.stored)] = chunks.stored
-            self.tables[name][1, row, : len(chunks.crc32c)] = chunks.crc32c
-        self._digests[row] = record.digest
-        for site, sums in record.stats.items():
-            self._stats[site].add(sums)
-        self._calibration = same_calibration(self._calibration, record.calibration, f"bucket {record.bucket}")
-        for library, version in record.versions.items():
-            self._versions.setdefault(library, set()).add(version)
-
-    def part(self, tables: dict[str, int]) -> Part:
-        """The part, given the crc32c of its tables."""
-        return Part(
-            number=self.number,
-            digests=tuple(self._digests),
-            tables=tables,
-            stored={name: int(t[0].sum(dtype=np.int64)) for name, t in self.tables.items()},
-            calibration=self._calibration or {},
-            stats=self._stats,
-            versions={k: tuple(sorted(v)) for k, v in self._versions.items()},
+            for table, values in zip(self.tables[name], (chunks.stored, chunks.crc32c), strict=True):
+                table[len(self._digests), : len(values)] = values
+        bucket = Part(
+            digests=(record.digest,),
+            tables={},
+            stored={name: int(chunks.stored.sum(dtype=np.int64)) for name, chunks in record.arrays.items()},
+            calibration=record.calibration,
+            stats=record.stats,
+            versions={library: (version,) for library, version in record.versions.items()},
         )
+        self._add(bucket, f"bucket {record.bucket}")
+
+    def chunks(self, array: ArraySpec) -> Chunks:
+        """The chunks of an array [buckets, chunks of a full bucket]."""
+        return Chunks(stored=self.tables[array.name][0], crc32c=self.tables[array.name][1])
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Every array with the content of its table."""
@@ -149,15 +185,36 @@ class PartBuilder:
         return ((name, table_bytes(tables[0], tables[1], counts)) for name, tables in self.tables.items())
 
 
-def same_calibration(known: dict[str, int] | None, found: dict[str, int], what: str) -> dict[str, int]:
-    """`found`, or `IntegrityError` if it is not what is known already."""
-    if known is not None and known != found:
-        raise IntegrityError(f"{what}: its calibration {found} is not that of the other buckets, {known}")
-    return found
+class HeadBuilder(_Builder):
+    """Adds up parts, in their order, one at a time."""
+
+    def __init__(self, spec: StoreSpec) -> None:
+        """Nothing is added yet."""
+        super().__init__(spec)
+        self._tables = {name: list[int]() for name in arrays(spec)}
+
+    def add(self, part: Part) -> None:
+        """Add a part; `IntegrityError` if its `fixed` codes are in another calibration than those before."""
+        self._add(part, f"the part of the manifest behind {len(self._digests)} buckets")
+        for name, tables in self._tables.items():
+            tables.append(part.tables.get(name, 0))
+
+    def head(self, buckets: NDArray[np.int64]) -> Head:
+        """The head of a store that has these buckets: all buckets of the parts that were added."""
+        whole, sites = self.part({}), self.spec.sites if self._digests else {}
+        return Head(
+            attribute=msgspec.convert(self.spec.to_json(), WireSpec),
+            tables={name: np.array(crcs, np.uint32) for name, crcs in self._tables.items()},
+            stored=whole.stored,
+            calibration=whole.calibration,
+            stats={name: stats.rounded(whole.stats[name], site.d) for name, site in sites.items()},
+            versions=whole.versions,
+            fingerprint=fingerprint(self.spec, buckets, whole.digests, whole.calibration),
+        )
 
 
 def fingerprint(
-    spec: StoreSpec, buckets: NDArray[np.int64], digests: Sequence[str], calibration: dict[str, int]
+    spec: StoreSpec, buckets: NDArray[np.int64], digests: Sequence[str], calibration: dict[str, Crc]
 ) -> str:
     """Hash of spec and content: equal content gives an equal fingerprint, in whatever order it was written."""
     h = hashlib.blake2b(dump(spec.to_json()), digest_size=16)
@@ -167,158 +224,42 @@ def fingerprint(
     return h.hexdigest()
 
 
-class HeadBuilder:
-    """Adds up parts, in their order, one at a time."""
-
-    def __init__(self, spec: StoreSpec) -> None:
-        """Nothing is added yet."""
-        self._spec = spec
-        self._tables = {name: list[int]() for name in arrays(spec)}
-        self._stored = dict.fromkeys(self._tables, 0)
-        self._stats = {site: stats.Exact() for site in spec.sites}
-        self._calibration: dict[str, int] | None = None
-        self._versions: dict[str, set[str]] = {}
-        self._digests: list[str] = []
-
-    def add(self, part: Part) -> None:
-        """Add a part; `IntegrityError` if its `fixed` codes are in another calibration than those before."""
-        for name, tables in self._tables.items():
-            tables.append(part.tables.get(name, 0))
-            self._stored[name] += part.stored[name]
-        for site, exact in part.stats.items():
-            self._stats[site].merge(exact)
-        self._calibration = same_calibration(self._calibration, part.calibration, part_key(self._spec, part.number))
-        for library, found in part.versions.items():
-            self._versions.setdefault(library, set()).update(found)
-        self._digests += part.digests
-
-    def head(self, buckets: NDArray[np.int64]) -> Head:
-        """The head of a store that has these buckets: all buckets of the parts that were added."""
-        calibration = self._calibration or {}
-        return Head(
-            spec=self._spec,
-            tables={name: tuple(crcs) for name, crcs in self._tables.items()},
-            stored=self._stored,
-            calibration=calibration,
-            stats={site: exact.rounded() for site, exact in self._stats.items()} if self._digests else {},
-            versions={k: tuple(sorted(v)) for k, v in self._versions.items()},
-            fingerprint=fingerprint(self._spec, buckets, self._digests, calibration),
-        )
-
-
-def _hex(crcs: Sequence[int]) -> str:
-    return "".join(f"{c:08x}" for c in crcs)
-
-
-def part_bytes(part: Part) -> bytes:
-    """The part's object."""
-    return dump(
-        {
-            SEAL: UNSEALED,
-            "digests": part.digests,
-            "tables": {name: _hex([crc]) for name, crc in part.tables.items()},
-            "stored": part.stored,
-            "calibration": {site: _hex([crc]) for site, crc in part.calibration.items()},
-            "stats": {site: stats.to_wire(s) for site, s in part.stats.items()},
-            "versions": part.versions,
-        }
-    )
-
-
-def head_bytes(head: Head) -> bytes:
-    """The head's object."""
-    return dump(
-        {
-            SEAL: UNSEALED,
-            "spec": head.spec.to_json(),
-            "tables": {name: _hex(crcs) for name, crcs in head.tables.items()},
-            "stored": head.stored,
-            "calibration": {site: _hex([crc]) for site, crc in head.calibration.items()},
-            "stats": {site: stats.to_wire(s) for site, s in head.stats.items()},
-            "versions": head.versions,
-            "fingerprint": head.fingerprint,
-        }
-    )
-
-
-Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-
-
-class _WirePart(Sealed, frozen=True):
-    digests: list[Digest]
-    tables: dict[str, str]
-    stored: dict[str, stats.Count]
-    calibration: dict[str, str]
-    stats: dict[str, stats.Wire]
-    versions: dict[str, list[str]]
-
-
-class _WireHead(Sealed, frozen=True):
-    spec: WireSpec
-    tables: dict[str, str]
-    stored: dict[str, stats.Count]
-    calibration: dict[str, str]
-    stats: dict[str, stats.Wire]
-    versions: dict[str, list[str]]
-    fingerprint: Digest
+part_bytes = head_bytes = dump
+"""A part's, and the head's object."""
 
 
 def part_from_bytes(data: bytes, spec: StoreSpec, number: int, where: str) -> Part:
     """Parse and check a part's object against the spec; `StoreError` names what does not fit."""
-    wire = decode(data, _WirePart, where)
+    found = decode(data, Part, where)
     first, stop = part_range(spec, number)
-    if len(wire.digests) != stop - first:
-        raise StoreError(f"{where}: has {len(wire.digests)} buckets, expected {stop - first}")
-    _check_names(wire, spec, where)
-    rows = int(spec.bucket_sizes(np.arange(first, stop)).sum())
-    return Part(
-        number=number,
-        digests=tuple(wire.digests),
-        tables={name: int(parse_crcs(text, 1, where)[0]) for name, text in wire.tables.items()},
-        stored=wire.stored,
-        calibration=_calibration(wire.calibration, where),
-        stats={n: _of_rows(stats.exact_from_wire(wire.stats[n], s.d, f"{where} {n}"), rows, where)
-               for n, s in spec.sites.items()},
-        versions={k: tuple(v) for k, v in wire.versions.items()},
-    )  # fmt: skip
+    if len(found.digests) != stop - first:
+        raise StoreError(f"{where}: has {len(found.digests)} buckets, expected {stop - first}")
+    _check(found, spec, int(spec.bucket_sizes(np.arange(first, stop)).sum()), stats.MAX_PARTS, where)
+    return found
 
 
 def head_from_bytes(data: bytes, where: str) -> Head:
     """Parse and check the head; `IntegrityError` if a byte changed, `StoreError` if it lies."""
-    wire = decode(data, _WireHead, where)
-    spec = wire.spec.spec(where)
-    _check_names(wire, spec, where)
-    rows, parts = spec.planned_rows, num_parts(spec)
-    return Head(
-        spec=spec,
-        tables={n: tuple(parse_crcs(text, parts, where).tolist()) for n, text in wire.tables.items()},
-        stored=wire.stored,
-        calibration=_calibration(wire.calibration, where),
-        stats={n: _of_rows(stats.sums_from_wire(wire.stats[n], s.d, f"{where} {n}"), rows, where)
-               for n, s in spec.sites.items()},
-        versions={k: tuple(v) for k, v in wire.versions.items()},
-        fingerprint=wire.fingerprint,
-    )  # fmt: skip
-
-
-def _check_names(wire: _WirePart | _WireHead, spec: StoreSpec, where: str) -> None:
-    fixed = {name for name, s in spec.sites.items() if s.kind == "fixed"}
-    wanted = {"tables": set(arrays(spec)), "stored": set(arrays(spec)), "calibration": fixed, "stats": set(spec.sites)}
-    for name, expected in wanted.items():
-        if set(found := getattr(wire, name)) != expected:
-            raise StoreError(
-                f"{where}: {name} are of {str(sorted(found))[:200]}, expected {str(sorted(expected))[:200]}"
-            )
-
-
-def _calibration(wire: dict[str, str], where: str) -> dict[str, int]:
-    return {site: int(parse_crcs(text, 1, where)[0]) for site, text in sorted(wire.items())}
-
-
-def _of_rows(found: Any, rows: int, where: str) -> Any:
-    if found.rows != rows:
-        raise StoreError(f"{where}: statistics are of {found.rows} rows, expected {rows}")
+    found = decode(data, Head, where)
+    spec = found.spec
+    if spec.rows == OPEN_ENDED:
+        raise StoreError(f"{where}: the store is open-ended, so it can't be finished; delete the object")
+    _check(found, spec, spec.planned_rows, 1, where)
+    for name, crcs in found.tables.items():
+        if len(crcs) != num_parts(spec):
+            raise StoreError(f"{where}: tables of {name} are {len(crcs)} crc32c, expected {num_parts(spec)}")
     return found
+
+
+def _check(found: Part | Head, spec: StoreSpec, rows: int, vectors: int, where: str) -> None:
+    names, sites = set(arrays(spec)), set(spec.sites)
+    for field, expected in (("tables", names), ("stored", names), ("calibration", spec.fixed_sites), ("stats", sites)):
+        if set(known := getattr(found, field)) != expected:
+            raise StoreError(
+                f"{where}: {field} are of {str(sorted(known))[:200]}, expected {str(sorted(expected))[:200]}"
+            )
+    for name, site in spec.sites.items():
+        stats.check(found.stats[name], rows, site.d, f"{where} {name}", parts=vectors)
 
 
 def table_bytes(stored: NDArray[np.uint32], crcs: NDArray[np.uint32], counts: NDArray[np.int64]) -> bytes:
@@ -355,7 +296,7 @@ def table_from_bytes(
             raise ValueError(f"is of {file.schema_arrow} in {len(data)} bytes, expected {_SCHEMA}")
         flat = [column.to_numpy() for column in file.read(use_threads=False).columns]
     except (ValueError, OSError, pa.ArrowException) as e:
-        raise StoreError(f"{where}: not a table of this store ({str(e)[:200]})") from e
+        raise StoreError(f"{where}: not a table of this store ({brief(e)})") from e
     if rows and not 0 < flat[0].min() <= flat[0].max() <= max_stored(array.chunk_bytes):
         raise StoreError(f"{where}: stored bytes of a chunk are {flat[0].min()} to {flat[0].max()}, which can't be")
     there = np.arange(width)[None, :] < counts[:, None]

@@ -26,6 +26,11 @@ def tail_bytes(chunks: int) -> int:
     return MARK_BYTES + 16 * chunks + CRC_BYTES
 
 
+def stored_bytes(chunk_bytes: int, shards: int, capacity: int) -> int:
+    """Bytes of shards with room for `capacity` chunks each, which hold `chunk_bytes` of chunks in all."""
+    return chunk_bytes + shards * tail_bytes(capacity)
+
+
 def tail(lengths: Sequence[int], capacity: int, attempt: str) -> bytes:
     """What follows chunks of these stored lengths; places up to `capacity` stay absent.
 

@@ -5,21 +5,22 @@ follows from it: how many buckets and shards there are, which rows each holds, a
 from untrusted bytes, so every field is checked before it is used.
 """
 
+import json
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore import keyed
-from actstore.errors import StoreError
+from actstore.errors import StoreError, brief
 from actstore.store.format import codec as codecs
 from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
-from actstore.store.format.sealed import MAX_VALUES, SEAL, UNSEALED, Sealed, decode, dump
+from actstore.store.format.sealed import MAX_VALUES, METADATA_LIMIT, SEAL, UNSEALED, Sealed, decode, dump, parse
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "actstore"
@@ -46,7 +47,7 @@ def held_as(kind: Kind, *, bfloat16: bool) -> np.dtype[Any]:
 
 
 _SITE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[0-9]+)?")
-_RESERVED = (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest", "calibration", "zarr", EVENTS)
+_RESERVED = (*PROVENANCE_ARRAYS, "c", "tokens", "commits", "manifest", "calibration", "zarr", EVENTS, SEAL)
 MAX_D = 1 << 20
 MAX_BUCKET_ROWS = 1 << 31
 MAX_ROWS = 1 << 56
@@ -56,11 +57,15 @@ MAX_CHUNK_BYTES = 1 << 28
 """Of a decoded chunk: what a reader may have to allocate for one."""
 MAX_CHUNKS = 1 << 16
 """Of a bucket, hence of a shard: what bounds every index."""
+MAX_BUCKETS = 1 << 24
+"""Of a store: bounds what a reader holds of each, before it has read anything that has their size."""
 MAX_INDEX = 1 << 28
 """Chunks of one array: bounds what a reader of it holds, 8 bytes for each."""
 MAX_EXTENSIONS = 1 << 10
 """Of a store: what bounds the list of its short buckets."""
 MAX_SITES = 1 << 12
+MAX_WIDTH = 1 << 21
+"""Of all sites together: what bounds the statistics of a commit record."""
 MAX_DEPTH = 64
 """Of lists and objects in provenance: bounds recursion."""
 MAX_NAME = 128
@@ -132,8 +137,16 @@ class StoreSpec:
 
     def __post_init__(self) -> None:
         """Check every number (`ValueError` names the field) and sort the sites, whose order says nothing."""
-        _check_fields(self)
+        object.__setattr__(self, "rows", _whole("rows", self.rows, 1, MAX_ROWS))
+        object.__setattr__(self, "seed", _whole("seed", self.seed))
+        for name in ("bucket_rows", "shard_rows", "chunk_rows"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name), 1, MAX_BUCKET_ROWS))
+        if self.codec not in codecs.CODECS:
+            raise ValueError(f"codec is {self.codec!r}, expected one of {', '.join(codecs.CODECS)}")
+        _check_numbers(self)
+        _check_sites(self)
         object.__setattr__(self, "sites", dict(sorted(self.sites.items())))
+        object.__setattr__(self, "provenance", _as_stored(self.provenance))
 
     @property
     def buckets(self) -> int:
@@ -159,6 +172,11 @@ class StoreSpec:
         return -(-self.bucket_sizes(buckets) // self.chunk_rows)
 
     @property
+    def fixed_sites(self) -> set[str]:
+        """Names of the sites that have a calibration."""
+        return {name for name, site in self.sites.items() if site.kind == "fixed"}
+
+    @property
     def planned_rows(self) -> int:
         """Rows of the finished store: what is planned without the gaps behind short buckets."""
         return self.rows - sum(self.bucket_rows - rows for _, rows in self.short_buckets)
@@ -170,35 +188,32 @@ class StoreSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The group's `actstore` attribute."""
-        fields = asdict(self)
-        short = fields.pop("short_buckets")
-        return {
-            "format_version": FORMAT_VERSION,
-            SEAL: UNSEALED,
-            **fields,
-            **({"short_buckets": short} if short else {}),
-        }
+        found = {"format_version": FORMAT_VERSION, SEAL: UNSEALED, **asdict(self)}
+        if not self.short_buckets:
+            del found["short_buckets"]
+        return found
 
 
-def _check_fields(spec: StoreSpec) -> None:
-    for name in ("rows", "bucket_rows", "shard_rows", "chunk_rows", "seed"):
-        object.__setattr__(spec, name, _whole(name, getattr(spec, name)))
-    if not -(1 << 63) <= spec.seed < 1 << 63:
-        raise ValueError(f"seed is {spec.seed}, expected a 64-bit number")
-    if not 0 < spec.rows <= MAX_ROWS:
-        raise ValueError(f"rows is {spec.rows}, expected 1 to {MAX_ROWS}")
-    if not 0 < spec.bucket_rows <= MAX_BUCKET_ROWS:
-        raise ValueError(f"bucket_rows is {spec.bucket_rows}, expected 1 to {MAX_BUCKET_ROWS}")
-    if not 0 < spec.chunk_rows <= spec.shard_rows or spec.shard_rows % spec.chunk_rows:
-        raise ValueError(f"shard_rows ({spec.shard_rows}) must be a multiple of chunk_rows ({spec.chunk_rows})")
-    if spec.bucket_rows % spec.shard_rows:
-        raise ValueError(f"bucket_rows ({spec.bucket_rows}) must be a multiple of shard_rows ({spec.shard_rows})")
-    if spec.bucket_rows // spec.chunk_rows > MAX_CHUNKS:
-        raise ValueError(f"a bucket has {spec.bucket_rows // spec.chunk_rows} chunks, at most {MAX_CHUNKS} are allowed")
-    if spec.bucket_rows // spec.chunk_rows * (len(spec.sites) + len(PROVENANCE_ARRAYS)) > MAX_VALUES // 2:
+def _check_numbers(spec: StoreSpec) -> None:
+    for outer, inner in (("shard_rows", "chunk_rows"), ("bucket_rows", "shard_rows")):
+        if getattr(spec, outer) % getattr(spec, inner):
+            raise ValueError(f"{outer} ({getattr(spec, outer)}) must be a multiple of {inner} ({getattr(spec, inner)})")
+    chunks = spec.bucket_rows // spec.chunk_rows
+    if chunks > MAX_CHUNKS:
+        raise ValueError(f"a bucket has {chunks} chunks, at most {MAX_CHUNKS} are allowed")
+    if chunks * (len(spec.sites) + len(PROVENANCE_ARRAYS)) > MAX_VALUES // 2:
         raise ValueError(
             f"a bucket has too many chunks of {len(spec.sites)} sites for one commit record; lower bucket_rows or "
             "raise chunk_rows"
+        )
+    if spec.rows != OPEN_ENDED and spec.buckets > MAX_BUCKETS:
+        raise ValueError(
+            f"{spec.rows} rows make {spec.buckets} buckets, at most {MAX_BUCKETS} fit in one store; raise bucket_rows"
+        )
+    if spec.rows != OPEN_ENDED and spec.buckets * chunks > MAX_INDEX:
+        raise ValueError(
+            f"{spec.rows} rows make {spec.buckets * chunks} chunks of an array, at most {MAX_INDEX} fit in one store; "
+            "split the rows over several stores, or raise chunk_rows"
         )
     numbers = [b for b, _ in spec.short_buckets]
     if len(numbers) > MAX_EXTENSIONS:
@@ -209,50 +224,55 @@ def _check_fields(spec: StoreSpec) -> None:
         raise ValueError(
             f"short_buckets is {str(spec.short_buckets)[:60]}, expected buckets before the last, ascending"
         )
-    if spec.codec not in codecs.CODECS:
-        raise ValueError(f"codec is {spec.codec!r}, expected one of {', '.join(codecs.CODECS)}")
-    if not spec.sites:
-        raise ValueError("a store needs at least one site")
-    chunks = spec.buckets * (spec.bucket_rows // spec.chunk_rows)
-    if spec.rows != OPEN_ENDED and chunks > MAX_INDEX:
-        raise ValueError(
-            f"{spec.rows} rows make {chunks} chunks of an array, at most {MAX_INDEX} fit in one store; split the rows "
-            "over several stores, or raise chunk_rows"
-        )
-    if len(spec.sites) > MAX_SITES:
-        raise ValueError(f"a store has {len(spec.sites)} sites, at most {MAX_SITES} are allowed")
+
+
+def _check_sites(spec: StoreSpec) -> None:
+    if not 0 < len(spec.sites) <= MAX_SITES:
+        raise ValueError(f"a store needs at least one site and has at most {MAX_SITES}, found {len(spec.sites)}")
     for name, site in spec.sites.items():
         if not _SITE_NAME.fullmatch(name) or name in _RESERVED or len(name) > MAX_NAME:
             raise ValueError(f"site name {name[:MAX_NAME]!r} can't be used: expected a name such as resid_post.12")
-        if not 0 < site.d <= MAX_D:
-            raise ValueError(f"site {name}: d is {site.d!r}, expected 1 to {MAX_D}")
+        _whole(f"site {name}: d", site.d, 1, MAX_D)
         raw = spec.chunk_rows * site.d * DTYPES[site.kind].itemsize
         if raw > MAX_CHUNK_BYTES:
             raise ValueError(f"site {name}: a chunk has {raw} bytes, at most {MAX_CHUNK_BYTES}; lower chunk_rows")
+    if (width := sum(s.d for s in spec.sites.values())) > MAX_WIDTH:
+        raise ValueError(f"the sites are {width} wide together, at most {MAX_WIDTH}; split them over several stores")
 
 
-def _whole(name: str, value: object) -> int:
-    """An integer of any kind, numpy's too, as Python's; `ValueError` for others and for booleans."""
+def _whole(name: str, value: object, low: int = -(1 << 63), high: int = (1 << 63) - 1) -> int:
+    """An integer of any kind, numpy's too, as Python's; `ValueError` for others, booleans, and outside the bounds."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
-        return operator.index(value)  # pyright: ignore[reportArgumentType]
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError as e:
         raise ValueError(f"{name} is {value!r}, expected a whole number") from e
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {number}, expected {low} to {high}")
+    return number
+
+
+def _as_stored(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Provenance as a reader gets it; `ValueError` for what JSON does not hold."""
+    level: list[Any] = [provenance]
+    for _ in range(MAX_DEPTH):
+        inner = (v for c in level for v in (c.values() if isinstance(c, dict) else c))
+        level = [v for v in inner if isinstance(v, (dict, list, tuple))]
+    if level:
+        raise ValueError(f"provenance has values inside more than {MAX_DEPTH} others")
+    try:
+        text = json.dumps(provenance, allow_nan=False).encode()
+        if len(text) > METADATA_LIMIT // 2:
+            raise ValueError(f"{len(text)} bytes, at most {METADATA_LIMIT // 2}")
+        return parse(text, dict[str, Any], "provenance")
+    except (TypeError, ValueError, StoreError) as e:
+        raise ValueError(f"provenance can't be stored: {brief(e)}") from e
 
 
 class _WireSite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     d: int
     encoding: str
-
-
-def _check_depth(provenance: dict[str, Any]) -> None:
-    level: list[Any] = [provenance]
-    for _ in range(MAX_DEPTH):
-        inner = (v for c in level for v in (c.values() if isinstance(c, dict) else c))
-        level = [v for v in inner if isinstance(v, (dict, list))]
-    if level:
-        raise ValueError(f"provenance has values inside more than {MAX_DEPTH} others")
 
 
 class WireSpec(Sealed, frozen=True):
@@ -267,22 +287,21 @@ class WireSpec(Sealed, frozen=True):
     codec: str
     sites: dict[str, _WireSite]
     provenance: dict[str, Any]
-    short_buckets: Annotated[list[tuple[int, int]], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
+    short_buckets: Annotated[tuple[tuple[int, int], ...], msgspec.Meta(min_length=1)] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
 
     def spec(self, where: str) -> StoreSpec:
         """The spec, checked; `StoreError` names the field."""
-        if self.format_version != FORMAT_VERSION:
-            raise StoreError(f"{where}: format version is {self.format_version}, this actstore reads {FORMAT_VERSION}; "
-                             "update actstore")  # fmt: skip
-        try:
-            _check_depth(self.provenance)
-            return StoreSpec(
-                sites={name: SiteSpec(d=s.d, encoding=s.encoding) for name, s in self.sites.items()},
-                short_buckets=() if isinstance(self.short_buckets, msgspec.UnsetType) else tuple(self.short_buckets),
-                codec=self.codec,  # pyright: ignore[reportArgumentType]  it is checked there
-                **{n: getattr(self, n) for n in ("rows", "bucket_rows", "shard_rows", "chunk_rows", "seed")},
-                provenance=self.provenance,
+        fields = {k: v for k, v in msgspec.structs.asdict(self).items() if v is not msgspec.UNSET and k != SEAL}
+        version = fields.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{where}: format version is {version}, this actstore reads {FORMAT_VERSION}; update actstore"
             )
+        try:
+            fields["sites"] = {name: SiteSpec(d=s.d, encoding=s.encoding) for name, s in self.sites.items()}
+            return StoreSpec(**fields)
         except ValueError as e:
             raise StoreError(f"{where}: {e}") from e
 
@@ -303,7 +322,7 @@ def spec_from_bytes(data: bytes, where: str) -> StoreSpec:
     return found.spec(where)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ArraySpec:
     """One zarr array of a store."""
 
@@ -335,20 +354,14 @@ class ArraySpec:
 
     def metadata(self) -> dict[str, Any]:
         """The array's `zarr.json`."""
-        tail = list(self.shape[1:])
         sharding = {
-            "chunk_shape": [self.chunk_rows, *tail],
+            "chunk_shape": [self.chunk_rows, *self.shape[1:]],
             "codecs": codecs.metadata(self.codec, self.dtype.itemsize),
             "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "index_location": "end",
         }
         return {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": list(self.shape),
-            "data_type": self.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, *tail]}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            **_plain_metadata(list(self.shape), [self.shard_rows, *self.shape[1:]], self.dtype.name),
             "fill_value": 0 if self.dtype.kind == "i" else 0.0,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "attributes": {"calibration": f"calibration/{self.name}"} if self.dtype == DTYPES["fixed"] else {},
@@ -356,18 +369,27 @@ class ArraySpec:
         }
 
 
+def _plain_metadata(shape: list[int], chunk: list[int], data_type: str) -> dict[str, Any]:
+    """What every array's `zarr.json` has."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": data_type,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+    }
+
+
 def arrays(spec: StoreSpec) -> dict[str, ArraySpec]:
     """All arrays of a store by name: the sites, then provenance (one shard a bucket, for few small objects)."""
-    common: dict[str, Any] = {"chunk_rows": spec.chunk_rows, "codec": spec.codec}
-    found = {
-        name: ArraySpec(name=name, shape=(spec.rows, s.d), dtype=DTYPES[s.kind], shard_rows=spec.shard_rows, **common)
-        for name, s in spec.sites.items()
-    }
-    for name in PROVENANCE_ARRAYS:
-        found[name] = ArraySpec(
-            name=name, shape=(spec.rows,), dtype=np.dtype("<i4"), shard_rows=spec.bucket_rows, **common
-        )
-    return found
+
+    def array(name: str, dtype: np.dtype[Any], shard_rows: int, *width: int) -> ArraySpec:
+        shape = (spec.rows, *width)
+        return ArraySpec(name, shape, dtype, shard_rows=shard_rows, chunk_rows=spec.chunk_rows, codec=spec.codec)
+
+    sites = {name: array(name, DTYPES[s.kind], spec.shard_rows, s.d) for name, s in spec.sites.items()}
+    return sites | {name: array(name, np.dtype("<i4"), spec.bucket_rows) for name in PROVENANCE_ARRAYS}
 
 
 def calibration_key(site: str) -> str:
@@ -375,28 +397,19 @@ def calibration_key(site: str) -> str:
     return f"calibration/{site}/c/0/0"
 
 
-def calibration_metadata(d: int) -> dict[str, Any]:
-    """`zarr.json` of the calibration array [2, d]: row 0 is `scale`, row 1 is `offset`."""
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [2, d],
-        "data_type": "float32",
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2, d]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0.0,
-        "codecs": codecs.metadata("none", 4),
-        "attributes": {"formula": "value = scale * code + offset"},
-        "dimension_names": ["parameter", "feature"],
-    }
-
-
 def metadata_objects(spec: StoreSpec) -> dict[str, bytes]:
-    """All `zarr.json` below the group's own, by key."""
+    """All `zarr.json` below the group's own, by key: of the arrays, and of calibrations [2, d], scale and offset."""
     found = {f"{a.name}/{GROUP_KEY}": dump(a.metadata()) for a in arrays(spec).values()}
-    for name, site in spec.sites.items():
-        if site.kind == "fixed":
-            found[f"calibration/{name}/{GROUP_KEY}"] = dump(calibration_metadata(site.d))
+    for name in sorted(spec.fixed_sites):
+        shape = [2, spec.sites[name].d]
+        calibration = {
+            **_plain_metadata(shape, shape, "float32"),
+            "fill_value": 0.0,
+            "codecs": codecs.metadata("none", 4),
+            "attributes": {"formula": "value = scale * code + offset"},
+            "dimension_names": ["parameter", "feature"],
+        }
+        found[f"calibration/{name}/{GROUP_KEY}"] = dump(calibration)
     return found
 
 
@@ -408,14 +421,12 @@ def group_metadata(spec: StoreSpec) -> bytes:
 def comparable(spec: StoreSpec) -> dict[str, object]:
     """The spec as dotted names with plain values, for comparing field by field."""
     sites = {name: f"{s.encoding}[{s.d}]" for name, s in spec.sites.items()}
-    return _flat({**vars(spec), "sites": sites})
+    return dict(_flat("", {**vars(spec), "sites": sites}))
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in data.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+def _flat(name: str, value: object) -> Iterator[tuple[str, object]]:
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in cast("dict[str, object]", value).items():
+        yield from _flat(f"{name}.{key}" if name else key, inner)

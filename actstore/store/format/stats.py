@@ -1,46 +1,57 @@
 """Statistics of stored values, per site: what normalisation and calibration need, without another pass.
 
 Every bucket records float64 sums over the decoded values of its finite rows; a row with NaN or infinity is counted
-and left out. `Exact` adds the sums of many buckets without any rounding, however they are grouped, and rounds once at
-the end. So merged figures depend neither on the order of buckets nor on how many workers merged them.
+and left out. `merge` adds the sums of many buckets without any rounding, however they are grouped, and `rounded` rounds
+once at the end. So merged figures depend neither on the order of buckets nor on how many workers merged them.
 """
 
-import base64
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
 import numba
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from actstore.errors import StoreError
 from actstore.store.format.bits import wide
+from actstore.store.format.sealed import HexFloat, Vectors
 
 NAMED_ROWS = 8
 """Rows with NaN or infinity whose numbers are kept."""
+MAX_PARTS = 64
+"""Vectors of an expansion: float64 has 2,098 bits of exponent and 53 of significand, so 40 hold any sum."""
+_LONG = 4
+"""Vectors of an expansion before it is compressed."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sums:
-    """Sums over the rows of one site: what commit records hold."""
+class Sums(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, eq=False):
+    """Sums over the rows of one site.
 
-    rows: int
+    A sum is a vector [d] (a number, for `clipped_sq`). Where it must be exact, as in the parts of the manifest, it is
+    an expansion in the sense of Shewchuk (Adaptive Precision Floating-Point Arithmetic, 1997, sec. 2.3): several
+    vectors one after another, whose exact sum is meant.
+    """
+
+    rows: Count
     """All rows, also those that the sums leave out."""
-    total: NDArray[np.float64]
+    total: Vectors = msgspec.field(name="sum")
     """Per dimension sum of values of finite rows [d]."""
-    squares: NDArray[np.float64]
+    squares: Vectors = msgspec.field(name="sum_sq")
     """Per dimension sum of squared values of finite rows [d]."""
-    max_abs: float
+    max_abs: HexFloat
     """Largest magnitude in finite rows."""
-    saturated: int = 0
+    saturated: Count
     """Values outside the encoding's range; always 0 for lossless encodings."""
-    clipped_sq: float = 0.0
-    """Sum of the squared errors of saturated values."""
-    nonfinite: int = 0
+    clipped_sq: Vectors
+    """Sum of the squared errors of saturated values [1]."""
+    nonfinite: Count
     """Rows that hold NaN or infinity."""
-    nonfinite_rows: tuple[int, ...] = ()
+    nonfinite_rows: tuple[Count, ...]
     """Numbers of the first `NAMED_ROWS` of them."""
 
     @property
@@ -50,8 +61,9 @@ class Sums:
 
     def clipped_fvu(self) -> float:
         """FVU that clipping saturated values adds: their squared error over the variance of all values."""
-        spread = float((self.squares - self.total**2 / max(self.finite_rows, 1)).sum()) + self.clipped_sq
-        return self.clipped_sq / spread if self.clipped_sq else 0.0
+        clipped = float(self.clipped_sq[0])
+        spread = float((self.squares - self.total**2 / max(self.finite_rows, 1)).sum()) + clipped
+        return clipped / spread if clipped else 0.0
 
     def remarks(self, what: str) -> list[str]:
         """What a user should know of these rows, a line each; `what` names them."""
@@ -91,9 +103,10 @@ class SiteStats:
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def _accumulate(bits: NDArray[Any], total: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
-    """Add rows given as bits; eight rows at a time, for few passes over the sums."""
+def _accumulate(bits: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums and sums of squares of rows given as bits; eight rows at a time, for few passes over the sums."""
     n, d = bits.shape
+    total, squares = np.zeros(d), np.zeros(d)
     whole = n - n % 8
     for i in range(0, whole, 8):
         r0, r1, r2, r3 = bits[i], bits[i + 1], bits[i + 2], bits[i + 3]
@@ -110,6 +123,7 @@ def _accumulate(bits: NDArray[Any], total: NDArray[np.float64], squares: NDArray
             a = wide(bits[i, k])
             total[k] += a
             squares[k] += a * a
+    return total, squares
 
 
 @numba.njit(nogil=True, cache=True)
@@ -134,98 +148,71 @@ def finite_mask(bits: NDArray[Any]) -> NDArray[np.bool_]:
 
 def sums(rows: NDArray[Any]) -> Sums:
     """Sums of rows [n, d], given as bfloat16 bits (uint16) or float32; rows are numbered from 0."""
-    bits, d = as_bits(rows), rows.shape[1]
-    total, squares = np.zeros(d), np.zeros(d)
-    _accumulate(bits, total, squares)
-    bad = np.empty(0, np.int64)
+    bits, bad = as_bits(rows), np.empty(0, np.int64)
+    total, squares = _accumulate(bits)
     if not (np.isfinite(total).all() and np.isfinite(squares).all()):  # the squares of any float32 fit float64
         finite = finite_mask(bits)
         bits, bad = bits[finite], np.flatnonzero(~finite)
-        total, squares = np.zeros(d), np.zeros(d)
-        _accumulate(bits, total, squares)
+        total, squares = _accumulate(bits)
     shift = 32 - 8 * bits.dtype.itemsize
     top = int(top_magnitude(bits.reshape(-1), bits.dtype.type(0x7FFFFFFF >> shift)))
     return Sums(
         rows=rows.shape[0],
         total=total,
         squares=squares,
-        max_abs=float(np.array([top << shift], np.uint32).view(np.float32)[0]),
+        max_abs=HexFloat(np.array([top << shift], np.uint32).view(np.float32)[0]),
+        saturated=0,
+        clipped_sq=np.zeros(1),
         nonfinite=len(bad),
         nonfinite_rows=tuple(bad[:NAMED_ROWS].tolist()),
     )
 
 
+def none(d: int) -> Sums:
+    """The sums of no rows of width d."""
+    return sums(np.empty((0, d), np.float32))
+
+
 def add(a: Sums, b: Sums) -> Sums:
     """The sums of two runs of rows, the second numbered on from the first; in float64, in the order of rows."""
+    return _joined(a, replace(b, nonfinite_rows=tuple(a.rows + r for r in b.nonfinite_rows)), lambda x, y, _: x + y, 1)
+
+
+def merge(a: Sums, b: Sums, d: int) -> Sums:
+    """The exact sums of rows of width d, which have their numbers in the store."""
+    return _joined(a, b, _plus, d)
+
+
+def rounded(s: Sums, d: int) -> Sums:
+    """Exact sums of rows of width d, each rounded once."""
+    return replace(s, total=_round(s.total, d), squares=_round(s.squares, d), clipped_sq=_round(s.clipped_sq, 1))
+
+
+def _joined(a: Sums, b: Sums, plus: Callable[[Vectors, Vectors, int], Vectors], d: int) -> Sums:
     return Sums(
         rows=a.rows + b.rows,
-        total=a.total + b.total,
-        squares=a.squares + b.squares,
+        total=plus(a.total, b.total, d),
+        squares=plus(a.squares, b.squares, d),
         max_abs=max(a.max_abs, b.max_abs),
         saturated=a.saturated + b.saturated,
-        clipped_sq=a.clipped_sq + b.clipped_sq,
+        clipped_sq=plus(a.clipped_sq, b.clipped_sq, 1),
         nonfinite=a.nonfinite + b.nonfinite,
-        nonfinite_rows=(*a.nonfinite_rows, *(a.rows + r for r in b.nonfinite_rows))[:NAMED_ROWS],
+        nonfinite_rows=tuple(sorted({*a.nonfinite_rows, *b.nonfinite_rows})[:NAMED_ROWS]),
     )
 
 
-@dataclass
-class Exact:
-    """Sums of one site over several buckets, without rounding.
-
-    Each of `total` and `squares` is a list of float64 vectors [d] whose exact sum is the sum of all that was added:
-    expansions in the sense of Shewchuk (Adaptive Precision Floating-Point Arithmetic, 1997, sec. 2.3).
-    """
-
-    total: list[NDArray[np.float64]] = field(default_factory=list[NDArray[np.float64]])
-    squares: list[NDArray[np.float64]] = field(default_factory=list[NDArray[np.float64]])
-    clipped_sq: list[NDArray[np.float64]] = field(default_factory=list[NDArray[np.float64]])
-    rows: int = 0
-    saturated: int = 0
-    nonfinite: int = 0
-    max_abs: float = 0.0
-    nonfinite_rows: tuple[int, ...] = ()
-
-    def add(self, bucket: Sums) -> None:
-        """Add a bucket, whose named rows have their numbers in the store."""
-        self._count(bucket)
-        grow(self.total, bucket.total)
-        grow(self.squares, bucket.squares)
-        grow(self.clipped_sq, np.array([bucket.clipped_sq]))
-
-    def merge(self, other: "Exact") -> None:
-        """Add what another one holds."""
-        self._count(other)
-        for mine, theirs in (
-            (self.total, other.total),
-            (self.squares, other.squares),
-            (self.clipped_sq, other.clipped_sq),
-        ):
-            for vector in theirs:
-                grow(mine, vector)
-
-    def _count(self, other: "Sums | Exact") -> None:
-        self.rows += other.rows
-        self.saturated += other.saturated
-        self.nonfinite += other.nonfinite
-        self.max_abs = max(self.max_abs, other.max_abs)
-        self.nonfinite_rows = tuple(sorted({*self.nonfinite_rows, *other.nonfinite_rows})[:NAMED_ROWS])
-
-    def rounded(self) -> Sums:
-        """The sums, each rounded once."""
-        return Sums(
-            rows=self.rows,
-            total=_round(self.total),
-            squares=_round(self.squares),
-            max_abs=self.max_abs,
-            saturated=self.saturated,
-            clipped_sq=float(_round(self.clipped_sq)[0]),
-            nonfinite=self.nonfinite,
-            nonfinite_rows=self.nonfinite_rows,
-        )
+def _plus(a: Vectors, b: Vectors, d: int) -> Vectors:
+    expansion = list(a.reshape(-1, d))
+    for vector in b.reshape(-1, d):
+        _grow(expansion, vector)
+    return np.concatenate(expansion)
 
 
-def grow(expansion: list[NDArray[np.float64]], x: NDArray[np.float64]) -> None:
+def _round(expansion: Vectors, d: int) -> Vectors:
+    return np.array([math.fsum(values) for values in expansion.reshape(-1, d).T.tolist()])
+
+
+def _grow(expansion: list[NDArray[np.float64]], x: NDArray[np.float64]) -> None:
     """Add a vector [d] to an expansion, in place, without rounding; finite values only."""
     for i, part in enumerate(expansion):
         high = part + x
@@ -236,9 +223,6 @@ def grow(expansion: list[NDArray[np.float64]], x: NDArray[np.float64]) -> None:
     expansion[:] = [part for part in expansion if part.any()] or [x]
     if len(expansion) > _LONG:
         _compress(expansion)
-
-
-_LONG = 4
 
 
 def _compress(expansion: list[NDArray[np.float64]]) -> None:
@@ -253,10 +237,6 @@ def _compress(expansion: list[NDArray[np.float64]]) -> None:
         expansion[:] = [part for part in expansion if part.any()] or expansion[-1:]
         if len(expansion) >= before:
             return
-
-
-def _round(expansion: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    return np.array([math.fsum(values) for values in np.stack(expansion, axis=1)])
 
 
 def summarise(s: Sums) -> SiteStats:
@@ -278,90 +258,21 @@ def summarise(s: Sums) -> SiteStats:
     )
 
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-MAX_PARTS = 64
-"""Vectors of an expansion: float64 has 2,098 bits of exponent and 53 of significand, so 40 hold any sum."""
-
-MAX_SUM = 2.0**400
-"""No sum of squares of float32 values reaches it; below it, adding never overflows."""
-
-
-class Wire(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """JSON form of `Sums` and `Exact`: vectors as base64 of little-endian float64, floats as C99 hexadecimal ones.
-
-    An expansion's vectors follow each other in one string.
-    """
-
-    rows: Count
-    sum: str
-    sum_sq: str
-    max_abs: str
-    saturated: Count
-    clipped_sq: str
-    nonfinite: Count
-    nonfinite_rows: list[Count]
-
-
-def to_wire(s: "Sums | Exact") -> dict[str, Any]:
-    """JSON form."""
-    many = isinstance(s, Exact)
-    return {
-        "rows": s.rows,
-        "sum": _pack(*s.total) if many else _pack(s.total),
-        "sum_sq": _pack(*s.squares) if many else _pack(s.squares),
-        "max_abs": s.max_abs.hex(),
-        "saturated": s.saturated,
-        "clipped_sq": _pack(*s.clipped_sq) if many else _pack(np.array([s.clipped_sq])),
-        "nonfinite": s.nonfinite,
-        "nonfinite_rows": s.nonfinite_rows,
-    }
-
-
-def _pack(*vectors: NDArray[np.float64]) -> str:
-    return base64.b64encode(b"".join(v.astype("<f8").tobytes() for v in vectors)).decode()
-
-
-def exact_from_wire(wire: Wire, d: int, where: str) -> Exact:
-    """Check the JSON form of a site of width d; `StoreError` names the field."""
-    try:
-        if wire.nonfinite > wire.rows or len(wire.nonfinite_rows) != min(wire.nonfinite, NAMED_ROWS):
-            raise ValueError(f"nonfinite is {wire.nonfinite} of {wire.rows} rows, named {wire.nonfinite_rows}")
-        top = float.fromhex(wire.max_abs)
-        if not 0 <= top < math.inf:
-            raise ValueError(f"max_abs is {top}")
-        return Exact(
-            total=_unpack(wire.sum, d, "sum"),
-            squares=_unpack(wire.sum_sq, d, "sum_sq"),
-            clipped_sq=_unpack(wire.clipped_sq, 1, "clipped_sq"),
-            rows=wire.rows,
-            saturated=wire.saturated,
-            nonfinite=wire.nonfinite,
-            max_abs=top,
-            nonfinite_rows=tuple(wire.nonfinite_rows),
+def check(found: Sums, rows: int, d: int, where: str, *, parts: int = 1) -> None:
+    """`StoreError` unless sums that were read can be of so many rows of width d, in at most `parts` vectors."""
+    for name, size, width in (
+        ("sum", found.total.size, d),
+        ("sum_sq", found.squares.size, d),
+        ("clipped_sq", found.clipped_sq.size, 1),
+    ):
+        if size % width or not width <= size <= parts * width:
+            raise StoreError(
+                f"{where}: {name} of the statistics has {size} values, expected {width} or up to {parts} times that"
+            )
+    if found.rows != rows:
+        raise StoreError(f"{where}: statistics are of {found.rows} rows, expected {rows}")
+    if found.nonfinite > rows or len(found.nonfinite_rows) != min(found.nonfinite, NAMED_ROWS):
+        raise StoreError(
+            f"{where}: statistics count {found.nonfinite} rows with NaN or infinity of {rows} rows, and name "
+            f"{len(found.nonfinite_rows)} of them"
         )
-    except (ValueError, OverflowError) as e:
-        raise StoreError(f"{where}: statistics are malformed ({str(e)[:200]})") from e
-
-
-def sums_from_wire(wire: Wire, d: int, where: str) -> Sums:
-    """The same for one bucket's sums, whose vectors are single."""
-    found = exact_from_wire(wire, d, where)
-    if (len(found.total), len(found.squares), len(found.clipped_sq)) != (1, 1, 1):
-        raise StoreError(f"{where}: statistics are malformed (several vectors where one is expected)")
-    return Sums(
-        rows=found.rows,
-        total=found.total[0],
-        squares=found.squares[0],
-        max_abs=found.max_abs,
-        saturated=found.saturated,
-        clipped_sq=float(found.clipped_sq[0][0]),
-        nonfinite=found.nonfinite,
-        nonfinite_rows=found.nonfinite_rows,
-    )
-
-
-def _unpack(text: str, d: int, name: str) -> list[NDArray[np.float64]]:
-    values = np.frombuffer(base64.b64decode(text, validate=True), "<f8")
-    if not len(values) or len(values) % d or len(values) > MAX_PARTS * d or not (np.abs(values) < MAX_SUM).all():
-        raise ValueError(f"{name} has {len(values)} values for a width of {d}, all expected below {MAX_SUM}")
-    return list(values.reshape(-1, d))

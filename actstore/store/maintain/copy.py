@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from actstore.errors import IntegrityError, StoreError
 from actstore.progress import Progress
@@ -254,7 +255,7 @@ class _Copy:
         except _TakenOverError:
             return False
         chunks = {name: _joined(found) for name, found in made.items()}
-        data = record.to_bytes(replace(committed, attempt=attempt.id, arrays=chunks))
+        data = record.to_bytes(structs.replace(committed, attempt=attempt.id, arrays=chunks))
         return protocol.run(self.destination, protocol.commit(attempt, data))
 
     def _shard(

@@ -6,9 +6,10 @@ their records.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from actstore.errors import MissingError, StoreError
 from actstore.store.format import manifest, record, stats
 from actstore.store.format.record import Chunks, CommitRecord
 from actstore.store.format.sealed import METADATA_LIMIT
-from actstore.store.format.shard import tail_bytes
+from actstore.store.format.shard import stored_bytes
 from actstore.store.format.spec import GROUP_KEY, ArraySpec, StoreSpec, arrays, spec_from_bytes
 from actstore.store.storage import Storage
 
@@ -70,7 +71,7 @@ class Index:
     arrays: Mapping[str, ArrayIndex]
     stored: dict[str, int]
     """Bytes of each array's committed chunks."""
-    calibration: dict[str, int]
+    calibration: Mapping[str, int]
     """Per `fixed` site, crc32c of its calibration; empty when nothing is committed."""
     stats: dict[str, stats.Sums]
     """Per site, over all committed buckets; empty when nothing is committed."""
@@ -99,7 +100,7 @@ class Index:
 
     def array_bytes(self, array: ArraySpec) -> int:
         """Bytes of an array's committed shards."""
-        return self.stored[array.name] + self.num_shards(array) * tail_bytes(array.chunks_per_shard)
+        return stored_bytes(self.stored[array.name], self.num_shards(array), array.chunks_per_shard)
 
     def stored_bytes(self) -> int:
         """Bytes of all committed shards."""
@@ -108,22 +109,25 @@ class Index:
 
 def read_spec(storage: Storage) -> StoreSpec:
     """The spec of the store in `storage`, from its group; `StoreError` if there is none."""
-    where = f"{storage.url}/{GROUP_KEY}"
-    try:
-        return spec_from_bytes(storage.get(GROUP_KEY, METADATA_LIMIT), where)
-    except MissingError as e:
+    data = _get(storage, GROUP_KEY)
+    if data is None:
         raise StoreError(
             f"no activation store at {storage.url}: it has no {GROUP_KEY}. Make one with: actstore capture"
-        ) from e
+        )
+    return spec_from_bytes(data, f"{storage.url}/{GROUP_KEY}")
+
+
+def _get(storage: Storage, key: str) -> bytes | None:
+    try:
+        return storage.get(key, METADATA_LIMIT)
+    except MissingError:
+        return None
 
 
 def read_head(storage: Storage) -> manifest.Head | None:
     """The head of the manifest; None if there is none."""
-    try:
-        data = storage.get(manifest.HEAD_KEY, METADATA_LIMIT)
-    except MissingError:
-        return None
-    return manifest.head_from_bytes(data, f"{storage.url}/{manifest.HEAD_KEY}")
+    data = _get(storage, manifest.HEAD_KEY)
+    return None if data is None else manifest.head_from_bytes(data, f"{storage.url}/{manifest.HEAD_KEY}")
 
 
 def load(storage: Storage) -> Index:
@@ -134,14 +138,19 @@ def load(storage: Storage) -> Index:
 
 def load_current(storage: Storage) -> Index:
     """The index of the store as its group describes it now, an extension under way included."""
-    spec, head = read_spec(storage), read_head(storage)
+    head, spec = read_head(storage), read_spec(storage)  # in this order: the group is never behind the head
     if head is not None and head.spec == spec:
         return _finished(storage, head)
     if head is not None and not agrees(head.spec, spec):
         raise StoreError(
             f"{storage.url}: {manifest.HEAD_KEY} and {GROUP_KEY} describe different stores; see: actstore verify"
         )
-    return load_as(storage, spec, committed(storage, spec))
+    try:
+        return load_as(storage, spec, committed(storage, spec))
+    except StoreError:
+        if read_spec(storage) == spec:
+            raise
+    return load_current(storage)  # its rows were fixed, or it was extended, after the group was read
 
 
 def committed(storage: Storage, spec: StoreSpec) -> NDArray[np.int64]:
@@ -185,19 +194,17 @@ def read_records(storage: Storage, spec: StoreSpec, buckets: Iterable[int]) -> I
 def read_part(storage: Storage, spec: StoreSpec, number: int) -> manifest.Part | None:
     """A part of the manifest; None if it is missing."""
     key = manifest.part_key(spec, number)
-    try:
-        data = storage.get(key, METADATA_LIMIT)
-    except MissingError:
-        return None
-    return manifest.part_from_bytes(data, spec, number, f"{storage.url}/{key}")
+    data = _get(storage, key)
+    return None if data is None else manifest.part_from_bytes(data, spec, number, f"{storage.url}/{key}")
 
 
 class _Tables(Mapping[str, ArrayIndex]):
     """The arrays of an index, each put together when it is first asked for: most readers want one of many."""
 
-    def __init__(self, storage: Storage, spec: StoreSpec, parts: list["_Segment"]) -> None:
-        self._storage, self._parts, self._arrays = storage, parts, arrays(spec)
-        self._width = spec.bucket_rows // spec.chunk_rows
+    def __init__(self, spec: StoreSpec, parts: list[Callable[[ArraySpec], Chunks]]) -> None:
+        """`parts` read the chunks of an array in consecutive buckets [buckets, chunks of a full bucket]."""
+        self._parts, self._arrays = parts, arrays(spec)
+        self._none = np.empty((0, spec.bucket_rows // spec.chunk_rows), np.uint32)
         self._loaded: dict[str, ArrayIndex] = {}
         self._lock = threading.Lock()
 
@@ -206,22 +213,11 @@ class _Tables(Mapping[str, ArrayIndex]):
             if name not in self._loaded:
                 array = self._arrays[name]
                 with ThreadPoolExecutor(_READERS, thread_name_prefix="actstore-tables") as pool:
-                    found = list(pool.map(lambda part: self._chunks(array, part), self._parts))
-                stored, crcs = (
-                    np.concatenate([np.empty((0, self._width), np.uint32), *(getattr(c, n) for c in found)])
-                    for n in ("stored", "crc32c")
-                )
+                    found = list(pool.map(lambda part: part(array), self._parts))
+                stored = np.concatenate([self._none, *(c.stored for c in found)])
+                crcs = np.concatenate([self._none, *(c.crc32c for c in found)])
                 self._loaded[name] = ArrayIndex(array=array, chunks=stored, crc32c=crcs)
             return self._loaded[name]
-
-    def _chunks(self, array: ArraySpec, part: "_Segment") -> Chunks:
-        if part.chunks:
-            return part.chunks[array.name]
-        crc = part.tables[array.name]
-        key = manifest.table_key(array.name, part.number, crc)
-        data = self._storage.get(key, manifest.TABLE_LIMIT)
-        where = f"{self._storage.url}/{key}"
-        return manifest.table_from_bytes(data, crc, array, part.counts, self._width, where)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
@@ -230,27 +226,22 @@ class _Tables(Mapping[str, ArrayIndex]):
         return len(self._arrays)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Segment:
-    """Consecutive buckets of an index: a part of the manifest, or chunks that were read from records."""
+def _table(storage: Storage, spec: StoreSpec, number: int, tables: Mapping[str, int], array: ArraySpec) -> Chunks:
+    """The chunks of an array in a part of the manifest, given the crc32c of the part's tables."""
+    key = manifest.table_key(array.name, number, tables[array.name])
+    data = storage.get(key, manifest.TABLE_LIMIT)
+    counts, width = (
+        spec.chunk_counts(np.arange(*manifest.part_range(spec, number))),
+        spec.bucket_rows // spec.chunk_rows,
+    )
+    return manifest.table_from_bytes(data, tables[array.name], array, counts, width, f"{storage.url}/{key}")
 
-    number: int
-    counts: NDArray[np.int64]
-    """Chunks of each bucket."""
-    tables: dict[str, int]
-    chunks: dict[str, Chunks]
 
-
-def _finished(storage: Storage, head: manifest.Head) -> Index:
-    spec, segments = head.spec, list[_Segment]()
-    for number in range(manifest.num_parts(spec)):
-        counts = spec.chunk_counts(np.arange(*manifest.part_range(spec, number)))
-        tables = {name: crcs[number] for name, crcs in head.tables.items()}
-        segments.append(_Segment(number=number, counts=counts, tables=tables, chunks={}))
+def _index(head: manifest.Head, buckets: NDArray[np.int64], parts: list[Callable[[ArraySpec], Chunks]]) -> Index:
     return Index(
-        spec=spec,
-        buckets=np.arange(spec.buckets),
-        arrays=_Tables(storage, spec, segments),
+        spec=head.spec,
+        buckets=buckets,
+        arrays=_Tables(head.spec, parts),
         stored=head.stored,
         calibration=head.calibration,
         stats=head.stats,
@@ -259,32 +250,26 @@ def _finished(storage: Storage, head: manifest.Head) -> Index:
     )
 
 
+def _finished(storage: Storage, head: manifest.Head) -> Index:
+    tables = ({name: int(crcs[n]) for name, crcs in head.tables.items()} for n in range(manifest.num_parts(head.spec)))
+    parts = [partial(_table, storage, head.spec, number, here) for number, here in enumerate(tables)]
+    return _index(head, np.arange(head.spec.buckets), parts)
+
+
 def load_as(storage: Storage, spec: StoreSpec, buckets: NDArray[np.int64]) -> Index:
     """The index of these committed buckets: from parts of the manifest where they exist, else commit records."""
-    size = manifest.part_buckets(spec)
-    segments, builder = list[_Segment](), manifest.HeadBuilder(spec)
-    for number in np.unique(buckets // size).tolist():
+    parts, builder = list[Callable[[ArraySpec], Chunks]](), manifest.HeadBuilder(spec)
+    for number in np.unique(buckets // manifest.part_buckets(spec)).tolist():
         first, stop = manifest.part_range(spec, number)
         here = buckets[(buckets >= first) & (buckets < stop)]
         part = read_part(storage, spec, number) if len(here) == stop - first else None
-        chunks: dict[str, Chunks] = {}
         if part is None:
             records = manifest.PartBuilder(spec, number, here)
             for r in read_records(storage, spec, here.tolist()):
                 records.add(r)
             part = records.part({})
-            chunks = {name: Chunks(stored=t[0], crc32c=t[1]) for name, t in records.tables.items()}
+            parts.append(records.chunks)
+        else:
+            parts.append(partial(_table, storage, spec, number, part.tables))
         builder.add(part)
-        counts = spec.chunk_counts(here)
-        segments.append(_Segment(number=number, counts=counts, tables=part.tables, chunks=chunks))
-    merged = builder.head(buckets)
-    return Index(
-        spec=spec,
-        buckets=buckets,
-        arrays=_Tables(storage, spec, segments),
-        stored=merged.stored,
-        calibration=merged.calibration,
-        stats=merged.stats,
-        versions=merged.versions,
-        fingerprint=merged.fingerprint,
-    )
+    return _index(builder.head(buckets), buckets, parts)

@@ -19,6 +19,7 @@ from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from actstore import keyed
@@ -237,7 +238,7 @@ class StoreWriter:
         """A site's sums over a bucket, from those of its shards in order; rows are named by their row number."""
         found = reduce(stats.add, parts)
         rows = self._row_numbers(bucket, np.array(found.nonfinite_rows, np.int64))
-        return replace(found, nonfinite_rows=tuple(sorted(rows.tolist())))
+        return structs.replace(found, nonfinite_rows=tuple(sorted(rows.tolist())))
 
     def _row_numbers(self, bucket: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Row numbers of stored places of a bucket."""
