@@ -37,7 +37,7 @@ class JoinedStore(Store):
                     )
                 self._of[called] = store, site
         sites = {name: of for name, of in self._of.items() if name not in PROVENANCE_ARRAYS}
-        prints = dump([[name, store.fingerprint] for name, store in stores])
+        prints = dump({"joined": [[name, store.fingerprint] for name, store in stores]})
         index = Index(
             spec=first.spec,
             buckets=first.index.buckets,
