@@ -4,9 +4,12 @@ import errno
 import json
 import os
 import secrets
+import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,14 @@ def test_objects_round_trip(storage: Storage) -> None:
     assert not storage.create("created/big", big), "a large object is not read back"
     storage.put("big", b"small")
     assert storage.get("big") == b"small"
+
+
+def test_a_buffer_may_be_used_again(storage: Storage) -> None:
+    for write in (storage.put, storage.create):
+        buffer = bytearray(b"first")
+        write(f"of/{write.__name__}", [memoryview(buffer)])
+        buffer[:] = b"other"
+        assert storage.get(f"of/{write.__name__}") == b"first"
 
 
 def test_many_pieces_are_one_object(tmp_path: Path) -> None:
@@ -653,7 +664,8 @@ def test_memory_is_shared_within_a_process() -> None:
     open_storage("memory://here/store").put("x", b"1")
     assert open_storage("memory:///here/store/").get("x") == b"1"
     assert open_storage("memory://here").list("store") == {"store/x": 1}
-    assert open_storage("memory://").list("") == {"here/store/x": 1}
+    everything = open_storage("memory://")
+    assert everything.list("") == open_storage(everything.url).list("") == {"here/store/x": 1}
     assert open_storage("memory://other/store").list("") == {}
 
 
@@ -678,6 +690,9 @@ def test_messages_hold_no_secrets() -> None:
     error = OSError("GET http://me:secret@host/x?X-Amz-Signature=secret\nfailed\n\nDebug source:\nsecret")
     assert plain(error) == "GET http://host/x failed"
     assert plain(TimeoutError()) == "TimeoutError"
+    error = OSError('Generic S3 error: Error performing GET http://x/y in 1.5ms - HTTP error: failed\n\nDebug source:\n'
+                    'Http(Connect, Os { code: 111, message: "Connection refused" })')  # fmt: skip
+    assert plain(error) == "HTTP error: failed: Connection refused"
     assert plain(OSError("status code: 403 Forbidden: ")) == "status code: 403 Forbidden"
 
 
@@ -712,6 +727,36 @@ def test_credentials_come_from_profiles(s3_server: Server, tmp_path: Path, monke
     storage = open_storage(s3_server.fresh())
     storage.put("x", b"data")
     assert storage.get("x") == b"data"
+
+
+def test_certificates_of_an_own_authority(s3_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cryptography = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = cryptography.Name([cryptography.NameAttribute(cryptography.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        cryptography.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+        .add_extension(cryptography.SubjectAlternativeName([cryptography.IPAddress(IPv4Address("127.0.0.1"))]), False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "ca.pem").write_bytes(certificate.public_bytes(pem))
+    (tmp_path / "both.pem").write_bytes(private + certificate.public_bytes(pem))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    monkeypatch.setenv("ACTSTORE_RETRY_DEADLINE", "3")
+    with FaultyProxy(s3_server.url) as proxy:
+        proxy._server.socket = context.wrap_socket(proxy._server.socket, server_side=True)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url.replace("http", "https"))
+        with pytest.raises(StoreError, match="InvalidCertificate UnknownIssuer"):
+            open_storage(s3_server.fresh()).put("x", b"1")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+        open_storage(s3_server.fresh()).put("x", b"1")
+        assert len(proxy.requests) == 1
 
 
 def test_the_root_of_a_bucket(server: Server) -> None:

@@ -44,17 +44,18 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
         return LocalStorage(Path(unquote(parts.path)))
     if len(scheme) <= 1 or "://" not in text:
         return LocalStorage(Path(text).expanduser())
-    bucket, _, root = text.partition("://")[2].rstrip("/").partition("/")
+    rest = text.partition("://")[2].rstrip("/")
+    bucket, _, root = rest.partition("/")
     if "@" in bucket or set(text) & set("?#") or not (bucket or scheme == "memory"):
         raise ValueError(f"expected {scheme}://bucket/prefix without user, password or query; credentials come from "
                          "the environment (docs/object-storage.md)")  # fmt: skip
     if scheme == "memory":
-        bucket, root = "", f"{bucket}/{root}".strip("/")
+        bucket, root = "", rest.strip("/")
     elif scheme in ("http", "https"):
         root = unquote(root)
     if root:
         check_key(root)
-    return RemoteStorage(text.rstrip("/"), root, _driver(scheme, bucket))
+    return RemoteStorage(f"{parts.scheme}://{rest}", root, _driver(scheme, bucket))
 
 
 def _driver(scheme: str, bucket: str) -> Callable[[], Driver]:

@@ -29,7 +29,7 @@ import obstore
 import obstore.store
 
 from actstore.errors import StoreError
-from actstore.store.storage.base import Buffers, Stat
+from actstore.store.storage.base import Buffers, Stat, pieces
 from actstore.store.storage.remote import Answer, limits
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ class ObstoreDriver:
     def put(self, name: str, data: Buffers, *, create: bool, version: str | None) -> None:
         """See `Driver`."""
         mode = "create" if create else "overwrite" if version is None else {self._token: version}
+        if self._scheme == "memory":
+            data = b"".join(pieces(data))  # what obstore keeps would be the caller's buffer
         self._ob.put(self._writes, name, data or b"", mode=mode, use_multipart=False)
 
     def head(self, name: str) -> Stat:

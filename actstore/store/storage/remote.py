@@ -30,6 +30,9 @@ from actstore.store.storage.base import Buffers, Stat, Storage, check_key
 
 T = TypeVar("T")
 
+_inherited: list[object] = []
+"""Clients that a fork has copied: to free them could wait for a thread that only the parent has."""
+
 DEADLINE = "ACTSTORE_RETRY_DEADLINE"
 """Environment variable: seconds after which a failing request is not tried again."""
 DEFAULT_DEADLINE = 120.0
@@ -126,6 +129,7 @@ class RemoteStorage(Storage):
 
     def _driver(self) -> Driver:
         if self._made is None or self._pid != os.getpid():
+            _inherited.append(self._made)
             try:
                 self._made = self._connect()
             except Exception as e:
@@ -301,29 +305,21 @@ def deadline() -> float:
     return seconds
 
 
-class Limits(NamedTuple):
+def limits() -> tuple[float, float, float]:
     """Seconds that a request may take, may be silent for, and may take to connect."""
-
-    longest: float
-    silence: float
-    connect: float
-
-
-def limits() -> Limits:
-    """The limits of every single request."""
     longest = deadline() / 2
-    return Limits(longest, min(SILENCE, longest), min(CONNECT, longest))
+    return longest, min(SILENCE, longest), min(CONNECT, longest)
 
 
 def plain(error: BaseException) -> str:
     """What an error says, in one short line without query strings, which may hold signatures."""
     text, _, cause = str(error).partition("Debug source")  # obstore's messages end with its structures
     text = " ".join(text.split()) or type(error).__name__
-    text = re.sub(r"^.* in [\d.]+\S?s - (Server returned non-2xx status code: )?", "", text)
-    if said := re.search(r'(?:message|error): "(.*?)"|TimedOut', cause):
-        text += f": {said[1] or 'timed out'}"
+    text = re.sub(r"^(Generic \w+ error: )?(.* in [\d.]+\S?s - )?(Server returned non-2xx status code: )?", "", text)
+    if said := re.search(r'(?:message|error): "(.*?)"|(InvalidCertificate\(\s*\w+|TimedOut)', cause):
+        text = f"{text}: {said[1] or ' '.join(said[2].replace('(', ' ').split())}"
     if said := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text):
         text = f"{text.partition('<')[0]}{said[1]}, {said[2]}"
-    text = text.rstrip(" :")
+    text = text.rstrip(" :.")
     text = re.sub(r"\?[^\s\"')>,]+", "", re.sub(r"//[^\s/@]+@", "//", text))
     return text if len(text) < 400 else text[:400] + "..."
