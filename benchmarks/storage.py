@@ -19,7 +19,7 @@ from typing import Any
 
 from actstore.bench import machine, memcpy
 from actstore.console import figure, print_table
-from actstore.store.storage import Engine, Storage, open_storage
+from actstore.store.storage import Storage, open_storage
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -92,13 +92,11 @@ def main() -> None:
         found += rows("directory", "-", open_storage(folder / "local"), seconds)
         with servers.gcs(folder) as gcs:
             os.environ[gcs.variable] = gcs.url
-            found += rows("gs", "fsspec", open_storage(gcs.fresh(), engine="fsspec"), seconds)
+            found += rows("gs", "gcsfs", open_storage(gcs.fresh()), seconds)
         with servers.s3(folder) as s3:
             os.environ.update(servers.AWS)
             os.environ[s3.variable] = s3.url
-            engines: tuple[Engine, ...] = ("fsspec", "obstore")
-            for engine in engines:
-                found += rows("s3", engine, open_storage(s3.fresh(), engine=engine), seconds)
+            found += rows("s3", "obstore", open_storage(s3.fresh()), seconds)
     copy = memcpy()
     command = f"python benchmarks/storage.py {seconds:g}"
     record = {"command": command, "memory copy GB/s": copy, "rows": found, "machine": machine()}

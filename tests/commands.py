@@ -24,7 +24,7 @@ HEAVY = [
     "trainer.cli",
     "trainer.sweep",
 ]
-HEAVY += ["accelerate", "gcsfs", "s3fs", "hypothesis", "pytest"]
+HEAVY += ["accelerate", "gcsfs", "obstore", "hypothesis", "pytest"]
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(HEAVY)

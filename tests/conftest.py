@@ -1,10 +1,12 @@
 """Shared fixtures: a small store with known content."""
 
 import os
+import sys
 
 os.environ["TRITON_INTERPRET"] = "1"  # before torch imports Triton, which looks at it then
 os.environ["OMP_NUM_THREADS"] = "1"  # of child processes: threads that wait for each other are slow beside other tests
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
-from servers import backend_url, every_backend_url, gcs_server, s3_server
+from servers import az_server, backend_url, gcs_server, s3_server
 
 from actstore.capture import execute
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.store.format.record import CommitRecord
 from actstore.store.format.spec import arrays
-from actstore.store.storage import Storage
+from actstore.store.storage import Storage, open_storage
 from actstore.store.write import protocol
 from actstore.store.write.protocol import Attempt, NotWritten
 from actstore.stream import Settings
@@ -137,9 +138,17 @@ def write_known(url: str | Path, spec: StoreSpec = SPEC, *, buckets: Any = None,
 
 def clear_memory(url: str) -> None:
     """Drop everything below a `memory://` URL."""
-    fs = MemoryFileSystem()
-    if fs.exists(url):
-        fs.rm(url, recursive=True)
+    storage = open_storage(url)
+    for key in storage.list(""):
+        storage.delete(key)
+
+
+@pytest.fixture(autouse=True)
+def empty_memory() -> Iterator[None]:
+    """No test sees what another one left at a `memory://` URL."""
+    yield
+    if "actstore.store.storage.obstore_driver" in sys.modules:
+        clear_memory("memory://")
 
 
 @pytest.fixture
@@ -163,10 +172,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 __all__ = [
     "SPEC",
     "Known",
+    "az_server",
     "backend_url",
     "begin",
     "clear_memory",
-    "every_backend_url",
+    "empty_memory",
     "fill",
     "gcs_server",
     "put",

@@ -1,10 +1,15 @@
-"""Real object stores on loopback: fake-gcs-server and SeaweedFS, started once a session when a test first asks.
+"""Real object stores on loopback: fake-gcs-server, SeaweedFS and, where `azurite-blob` is installed, Azurite.
+
+Each is started once a session when a test first asks.
 
 Environment variables point every client there, child processes included. A server hangs on the pipe of a shell that
 kills it when this process ends, however it ends.
 """
 
+import base64
 import contextlib
+import email.utils
+import hmac
 import importlib
 import importlib.metadata
 import json
@@ -26,7 +31,9 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read when
 os.environ.setdefault("NO_GCE_CHECK", "true")
 
 BUCKET = "actstore-test"
-BACKENDS = ("local", "memory", "gs", "s3-fsspec", "s3-obstore")
+AZURITE = shutil.which("azurite-blob")
+REMOTE = ("gs", "s3", "az") if AZURITE else ("gs", "s3")
+BACKENDS = ("local", "memory", *REMOTE)
 START_SECONDS = 60
 AWS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -86,7 +93,7 @@ def wait_for(url: str, log: Path) -> None:
                 return
         except urllib.error.HTTPError as e:
             e.close()
-            if e.code in (403, 404):  # it answers
+            if e.code in (400, 403, 404):  # it answers
                 return
         except OSError:
             pass
@@ -169,6 +176,42 @@ def make_bucket(url: str) -> None:
         client.close()
 
 
+AZURE = {"account": "devstoreaccount1"}
+AZURE["key"] = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The emulator's account, the same everywhere."""
+
+
+@contextlib.contextmanager
+def az(folder: Path) -> Iterator[Server]:
+    """Azurite with objects in memory."""
+    (port,) = free_ports(1)
+    url, path = f"http://127.0.0.1:{port}", f"/{AZURE['account']}/{BUCKET}"
+    options = f"--inMemoryPersistence --blobPort {port} --silent --disableTelemetry --skipApiVersionCheck"
+    with running([AZURITE or "", *options.split()], folder / "az.log"):
+        wait_for(url, folder / "az.log")
+        fields = {"x-ms-date": email.utils.formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
+        signed = ["PUT", *[""] * 11, *(f"{k}:{v}" for k, v in fields.items()), f"/{AZURE['account']}{path}"]
+        text = "\n".join([*signed, "restype:container"]).encode()
+        signature = base64.b64encode(hmac.digest(base64.b64decode(AZURE["key"]), text, "sha256")).decode()
+        fields["Authorization"] = f"SharedKey {AZURE['account']}:{signature}"
+        request = urllib.request.Request(f"{url}{path}?restype=container", headers=fields, method="PUT")
+        urllib.request.urlopen(request, timeout=10).close()
+        yield Server(url, "az", "AZURITE_BLOB_STORAGE_URL")
+
+
+def server_of(scheme: str, request: pytest.FixtureRequest) -> Server:
+    """The running server of a scheme."""
+    return request.getfixturevalue({"gs": "gcs_server", "s3": "s3_server", "az": "az_server"}[scheme])
+
+
+@pytest.fixture(scope="session")
+def az_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as environment, az(tmp_path_factory.mktemp("az")) as server:
+        environment.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
+        environment.setenv(server.variable, server.url)
+        yield server
+
+
 @pytest.fixture(scope="session")
 def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as environment, gcs(tmp_path_factory.mktemp("gcs")) as server:
@@ -187,24 +230,10 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(params=BACKENDS)
-def every_backend_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh root URL of every backend in turn."""
-    return fresh_url(request.param, request, tmp_path, monkeypatch)
-
-
-@pytest.fixture(
-    params=[pytest.param(kind, marks=pytest.mark.slow) if kind == "s3-fsspec" else kind for kind in BACKENDS]
-)
-def backend_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The same for what builds on the contract of test_storage.py: the second client of S3 is for the slow set."""
-    return fresh_url(request.param, request, tmp_path, monkeypatch)
-
-
-def fresh_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if kind == "local":
+    if request.param == "local":
         return str(tmp_path / "root")
-    if kind == "memory":
+    if request.param == "memory":
         return f"memory://{secrets.token_hex(6)}"
-    server: Server = request.getfixturevalue("gcs_server" if kind == "gs" else "s3_server")
-    monkeypatch.setenv("ACTSTORE_ENGINE", "obstore" if kind == "s3-obstore" else "fsspec")
-    return server.fresh()
+    return server_of(request.param, request).fresh()

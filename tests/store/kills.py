@@ -51,7 +51,7 @@ def main() -> None:
         for name, server in (("gcs", servers.gcs), ("s3", servers.s3)):
             (Path(folder) / name).mkdir()
             with server(Path(folder) / name) as running:
-                os.environ.update({**servers.AWS, running.variable: running.url, "ACTSTORE_ENGINE": "auto"})
+                os.environ.update({**servers.AWS, running.variable: running.url})
                 if options.servers:
                     kill(f"{name} ({running.scheme})", running.fresh(), options.servers)
 

@@ -231,22 +231,21 @@ def _kill_at_random(url: str, kills: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_kill_9_on_every_backend(every_backend_url: str, undisturbed: str, kills: int) -> None:
-    if every_backend_url.startswith("memory:"):
+def test_kill_9_on_every_backend(backend_url: str, undisturbed: str, kills: int) -> None:
+    if backend_url.startswith("memory:"):
         return  # dies with its process
-    _kill_at_random(every_backend_url, kills, seed=kills)
-    finish(every_backend_url)
-    whole(every_backend_url, SMALL, undisturbed)
+    _kill_at_random(backend_url, kills, seed=kills)
+    finish(backend_url)
+    whole(backend_url, SMALL, undisturbed)
 
 
-@pytest.mark.parametrize("kind", ["gs", "s3-fsspec", "s3-obstore"])
+@pytest.mark.parametrize("kind", ["gs", "s3"])
 @pytest.mark.parametrize("share", [0.05, pytest.param(0.25, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_faults_on_the_way(
     kind: str, share: float, undisturbed: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that fails in every way that servers do, while two writers race for the same buckets."""
     server: Server = request.getfixturevalue("gcs_server" if kind == "gs" else "s3_server")
-    monkeypatch.setenv("ACTSTORE_ENGINE", "obstore" if kind == "s3-obstore" else "fsspec")
     monkeypatch.setenv("ACTSTORE_RETRY_DEADLINE", "6" if share < 0.1 else "30")
     url = server.fresh()
     with FaultyProxy(server.url, rate=share, seed=1) as proxy:

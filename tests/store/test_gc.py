@@ -277,9 +277,9 @@ def test_any_mixture_of_leftovers(there: dict[str, Any], undisturbed: str) -> No
 # Who is alive
 
 # both engines on S3 make the same requests; the one that is quicker to connect is enough here
-SLOW_S3 = pytest.param("s3-obstore", marks=pytest.mark.slow)
+SLOW_S3 = pytest.param("s3", marks=pytest.mark.slow)
 each_interleaved = pytest.mark.parametrize("backend_url", ["local", "memory", "gs", SLOW_S3], indirect=True)
-each_server = pytest.mark.parametrize("backend_url", ["local", "memory", "gs", "s3-obstore"], indirect=True)
+each_server = pytest.mark.parametrize("backend_url", ["local", "memory", "gs", "s3"], indirect=True)
 
 
 @each_interleaved

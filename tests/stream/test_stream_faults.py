@@ -18,14 +18,11 @@ from actstore.errors import ActstoreError, IntegrityError
 from actstore.store.maintain.copy import copy
 
 SITE = "resid_post.3"
-ENGINES = ("gs", pytest.param("s3-fsspec", marks=pytest.mark.slow), "s3-obstore")
 
 
-@pytest.fixture(params=ENGINES)
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Server:
-    kind: str = request.param
-    monkeypatch.setenv("ACTSTORE_ENGINE", "obstore" if kind == "s3-obstore" else "fsspec")
-    return request.getfixturevalue("gcs_server" if kind == "gs" else "s3_server")
+@pytest.fixture(params=["gcs_server", "s3_server"])
+def server(request: pytest.FixtureRequest) -> Server:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -1,95 +1,77 @@
 """Object storage as actstore needs it: whole objects, ranges, conditional writes, listings.
 
-`open_storage` chooses what is behind a URL: a directory, or one of two engines for what is remote. `fsspec` drives
-gcsfs, s3fs and whatever else fsspec speaks; `obstore` is the faster client where it is installed and proven
-(docs/decisions/0006-storage-engine.md). They promise the same, see `Storage`.
+`open_storage` chooses what is behind a URL. `base.py` says what every storage promises, `local.py` keeps it with a
+directory, `remote.py` with a driver: `obstore_driver.py`, or `gcsfs_driver.py` for gs://
+(docs/decisions/0006-storage-engine.md).
 """
 
 import os
 import secrets
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-
 from actstore.errors import StoreError
-from actstore.store.storage.base import Buffers, Stat, Storage, check_key
+from actstore.store.storage.base import Storage, check_key
 from actstore.store.storage.local import PARTIAL, LocalStorage
-from actstore.store.storage.remote import RemoteStorage, plain, without_secrets
+from actstore.store.storage.remote import Driver, RemoteStorage
 
 __all__ = [
     "PARTIAL",
-    "Buffers",
-    "Engine",
     "LocalStorage",
-    "RemoteStorage",
-    "Stat",
     "Storage",
     "check_conditional_writes",
-    "check_key",
     "open_storage",
 ]
 
-Engine = Literal["auto", "fsspec", "obstore"]
-"""The client of gs:// and s3://; other URLs have only one."""
 ENGINE = "ACTSTORE_ENGINE"
-"""Environment variable: the engine where the caller names none."""
-_CLOUDS: dict[str, Literal["s3", "gs"]] = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+"""Environment variable: the client of gs://, gcsfs (default) or obstore; other URLs have only one."""
+SERVED = "a path, file://, gs://, s3://, az://, memory://, or http(s):// for reading"
+_ALIASES = {"s3a": "s3", "gcs": "gs"}
 
 
-def open_storage(url: str | os.PathLike[str], *, engine: Engine | None = None) -> Storage:
-    """The storage behind a path or an fsspec URL; nothing is read or created yet.
-
-    `engine` None means `ACTSTORE_ENGINE`, else auto: obstore for s3:// where it is usable, fsspec for all else.
-    """
+def open_storage(url: str | os.PathLike[str]) -> Storage:
+    """The storage behind a path or a URL as fsspec spells it; nothing is read or created yet."""
     text = os.fspath(url)
     if not text.strip():
         raise ValueError("an empty path or URL; give a directory, gs://bucket/prefix or s3://bucket/prefix")
     parts = urlsplit(text)
-    scheme = parts.scheme
+    scheme = _ALIASES.get(parts.scheme, parts.scheme)
     if scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise ValueError(f"file URL names the host {parts.netloc!r}; expected file:///path with three slashes")
         return LocalStorage(Path(unquote(parts.path)))
-    if not scheme or len(scheme) == 1 or "://" not in text:
+    if len(scheme) <= 1 or "://" not in text:
         return LocalStorage(Path(text).expanduser())
-    if parts.username or parts.password or parts.query:
-        raise ValueError(f"{scheme}:// URL with user, password or query; credentials come from the environment "
-                         "(docs/object-storage.md)")  # fmt: skip
-    if scheme in _CLOUDS:
-        return _open_cloud(text, _CLOUDS[scheme], engine or os.environ.get(ENGINE) or "auto")
-    if scheme not in fsspec.available_protocols():
-        raise ValueError(f"unknown URL scheme {scheme!r}; use a path, file://, gs://, s3:// or memory://")
-    from actstore.store.storage.fsspec_drivers import FsspecDriver
-
-    text = text.rstrip("/")
-    try:
-        driver = FsspecDriver(text)
-    except ImportError as e:
-        raise StoreError(f"{scheme}:// needs another package: {e}") from e
-    except Exception as e:  # whatever the driver raises when it connects
-        raise StoreError(f"{without_secrets(text)}: can't connect: {plain(e)}") from e
-    return RemoteStorage(text, driver.root, lambda: FsspecDriver(text))
-
-
-def _open_cloud(url: str, scheme: Literal["s3", "gs"], engine: str) -> RemoteStorage:
-    if engine not in get_args(Engine):
-        raise ValueError(f"storage engine {engine!r} ({ENGINE}), expected one of {', '.join(get_args(Engine))}")
-    bucket, _, root = url.partition("://")[2].rstrip("/").partition("/")
-    if not bucket or set(url) & set("?#") or "@" in bucket:
+    rest = text.partition("://")[2].rstrip("/")
+    bucket, _, root = rest.partition("/")
+    if "@" in bucket or set(text) & set("?#") or not (bucket or scheme == "memory"):
         raise ValueError(f"expected {scheme}://bucket/prefix without user, password or query; credentials come from "
                          "the environment (docs/object-storage.md)")  # fmt: skip
+    if scheme == "memory":
+        bucket, root = "", rest.strip("/")
+    elif scheme in ("http", "https"):
+        root = unquote(root)
     if root:
         check_key(root)
-    from actstore.store.storage import obstore_driver
+    return RemoteStorage(f"{parts.scheme}://{rest}", root, _driver(scheme, bucket))
 
-    if engine == "obstore" or (engine == "auto" and scheme == "s3" and obstore_driver.usable()):
-        return RemoteStorage(url.rstrip("/"), root, lambda: obstore_driver.ObstoreDriver(scheme, bucket))
-    from actstore.store.storage import fsspec_drivers
 
-    driver = fsspec_drivers.S3Driver if scheme == "s3" else fsspec_drivers.GcsDriver
-    return RemoteStorage(url.rstrip("/"), root, lambda: driver(bucket))
+def _driver(scheme: str, bucket: str) -> Callable[[], Driver]:
+    """What connects to a bucket; only the client that is needed is imported."""
+    engine = os.environ.get(ENGINE) or "gcsfs"
+    if engine not in ("gcsfs", "obstore"):
+        raise ValueError(f"{ENGINE} is {engine!r}, expected gcsfs or obstore")
+    if scheme == "gs" and engine == "gcsfs":
+        from actstore.store.storage.gcsfs_driver import GcsfsDriver
+
+        return partial(GcsfsDriver, bucket)
+    from actstore.store.storage.obstore_driver import SCHEMES, ObstoreDriver
+
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown URL scheme {scheme!r}; use {SERVED}")
+    return partial(ObstoreDriver, scheme, bucket)
 
 
 def check_conditional_writes(storage: Storage, key: str) -> None:

@@ -21,7 +21,6 @@ import mmap
 import os
 import secrets
 import stat
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -29,8 +28,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import StoreError
-from actstore.store.storage.base import Buffers, Stat, check_key, check_prefix, holds, missing, too_large, too_short
+from actstore.errors import MissingError, StoreError
+from actstore.store.storage.base import Buffers, Stat, Storage, check_key, pieces
 
 PARTIAL = ".partial"
 """Suffix of a file that is still being written."""
@@ -40,10 +39,8 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _PIECES = 512  # below every system's IOV_MAX
 
 
-class LocalStorage:
+class LocalStorage(Storage):
     """A directory."""
-
-    retries: int = 0
 
     def __init__(self, root: Path) -> None:
         """Use `root`, which need not exist yet; a later change of the working directory does not move it."""
@@ -69,53 +66,51 @@ class LocalStorage:
 
     def get(self, key: str, limit: int | None = None) -> bytes:
         """See `Storage`."""
-        with self._reading(key) as (fd, size):
-            if limit is not None and size > limit:
-                raise too_large(self.url, key, limit)
-            return _pread(fd, 0, size)
+        with self._opened(key) as (fd, found):
+            if limit is not None and found.st_size > limit:
+                raise self._too_large(key, limit)
+            return _pread(fd, 0, found.st_size)
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         """See `Storage`."""
-        with self._reading(key) as (fd, size):
-            data = _pread(fd, offset, min(length, max(size - offset, 0)))
+        with self._opened(key) as (fd, found):
+            data = _pread(fd, offset, min(length, max(found.st_size - offset, 0)))
         if len(data) != length:
-            raise too_short(self.url, key, offset, length, len(data))
+            raise self._too_short(key, offset, length, len(data))
         return data
 
     def read_into(self, out: Sequence[memoryview], key: str, offset: int) -> None:
         """Fill one buffer after the other with the bytes from `offset` on: `get_range` without fresh memory."""
         at = offset
-        with self._reading(key) as (fd, size):
+        with self._opened(key) as (fd, found):
             for buffer in out:
                 end = at + len(buffer)
                 while at < end and (n := os.preadv(fd, [buffer[len(buffer) - (end - at) :]], at)):
                     at += n
                 if at != end:
-                    raise too_short(self.url, key, offset, sum(map(len, out)), max(size - offset, 0))
+                    raise self._too_short(key, offset, sum(map(len, out)), max(found.st_size - offset, 0))
 
     def map(self, key: str) -> NDArray[np.uint8]:
         """An object in a memory map: its bytes as they are when they are touched, and only while it isn't cut short."""
-        with self._reading(key) as (fd, size):
-            return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), np.uint8) if size else np.empty(0, np.uint8)
-
-    def until(self, stop: threading.Event) -> "LocalStorage":  # noqa: ARG002  nothing is tried twice here
-        """See `Storage`."""
-        return self
+        with self._opened(key) as (fd, found):
+            if not found.st_size:
+                return np.empty(0, np.uint8)
+            return np.frombuffer(mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ), np.uint8)
 
     @contextlib.contextmanager
-    def _reading(self, key: str) -> Generator[tuple[int, int]]:
-        """File descriptor and size of an object."""
+    def _opened(self, key: str) -> Generator[tuple[int, os.stat_result]]:
+        """File descriptor of an object, and what `fstat` says of it."""
         try:
             fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise missing(self.url, key) from e
+            raise self._missing(key) from e
         try:
             found = os.fstat(fd)
             if stat.S_ISDIR(found.st_mode):
-                raise missing(self.url, key)
+                raise self._missing(key)
             if not stat.S_ISREG(found.st_mode):
                 raise StoreError(f"{self.url}: {key} is no regular file")
-            yield fd, found.st_size
+            yield fd, found
         finally:
             os.close(fd)
 
@@ -157,43 +152,23 @@ class LocalStorage:
                 partial.replace(target)
             _sync_directory(target.parent)
 
-    def create(self, key: str, data: Buffers) -> bool:
-        """See `Storage`."""
-        if not self.exists(key):
-            with self._partial(key, data) as (partial, target), contextlib.suppress(FileExistsError):
-                try:
-                    os.link(partial, target)
-                except OSError as e:
-                    if e.errno not in _NO_LINKS:
-                        raise
-                    self._name_if_free(key, partial, target)
-                _sync_directory(target.parent)
-                return True
-        return holds(self, key, data)
-
-    def _name_if_free(self, key: str, partial: Path, target: Path) -> None:
-        """What `link` does, where there are no hard links."""
-        with self._lock():
-            if self.stat(key) is not None:
-                raise FileExistsError
-            partial.replace(target)
-
-    def replace(self, key: str, data: Buffers, version: str) -> bool:
-        """See `Storage`."""
-        if self._is(key, version):
-            with self._partial(key, data) as (partial, target):
+    def _put_if(self, key: str, data: Buffers, version: str | None) -> bool:
+        if not self._is(key, version):
+            return False
+        with self._partial(key, data) as (partial, target):
+            named = _link(partial, target) if version is None else None
+            if named is None:
                 with self._lock():
-                    swapped = self._is(key, version)
-                    if swapped:
+                    named = self._is(key, version)
+                    if named:
                         partial.replace(target)
-                if swapped:
-                    _sync_directory(target.parent)
-                    return True
-        return holds(self, key, data)
+            if named:
+                _sync_directory(target.parent)
+            return named
 
-    def _is(self, key: str, version: str) -> bool:
+    def _is(self, key: str, version: str | None) -> bool:
         found = self.stat(key)
-        return found is not None and found.version == version
+        return (found and found.version) == version
 
     def delete(self, key: str) -> None:
         """See `Storage`."""
@@ -203,31 +178,14 @@ class LocalStorage:
                 path.unlink(missing_ok=True)
             _sync_directory(path.parent)
 
-    def exists(self, key: str) -> bool:
-        """See `Storage`."""
-        return self.path(key).is_file()
-
     def stat(self, key: str) -> Stat | None:
         """See `Storage`."""
         try:
-            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            with self._opened(key) as (_, found):
+                version = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
+                return Stat(size=found.st_size, version=version, modified=found.st_mtime_ns / 1e9)
+        except MissingError:
             return None
-        try:
-            found = os.fstat(fd)
-        finally:
-            os.close(fd)
-        if not stat.S_ISREG(found.st_mode):
-            return None
-        version = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
-        return Stat(size=found.st_size, version=version, modified=found.st_mtime_ns / 1e9)
-
-    def size(self, key: str) -> int:
-        """See `Storage`."""
-        found = self.stat(key)
-        if found is None:
-            raise missing(self.url, key)
-        return found.size
 
     def partials(self) -> tuple[Path, ...]:
         """Files that were, or are, being written: leftovers of killed writers once they are old."""
@@ -244,7 +202,7 @@ class LocalStorage:
         return dict(sorted(found.items()))
 
     def _files(self, prefix: str) -> Iterator[Path]:
-        top = self._inside(check_prefix(prefix)) if prefix else self.root
+        top = self.path(prefix.rstrip("/")) if prefix else self.root
         for folder, folders, files in os.walk(top):
             for name in folders:
                 if (Path(folder) / name).is_symlink():
@@ -254,24 +212,35 @@ class LocalStorage:
 
 def _pread(fd: int, offset: int, length: int) -> bytes:
     """Up to `length` bytes; one system call reads at most 2 GiB."""
-    pieces: list[bytes] = []
+    read: list[bytes] = []
     while length and (piece := os.pread(fd, length, offset)):
-        pieces.append(piece)
+        read.append(piece)
         offset, length = offset + len(piece), length - len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return read[0] if len(read) == 1 else b"".join(read)
 
 
 def _write(fd: int, data: Buffers) -> None:
     """Write all pieces, without joining them."""
-    pieces = [data] if isinstance(data, bytes) else data
-    for start in range(0, len(pieces), _PIECES):
-        views = [memoryview(p) for p in pieces[start : start + _PIECES] if len(p)]
-        while views:
-            written = os.writev(fd, views)
-            while views and written >= len(views[0]):
-                written -= len(views.pop(0))
-            if views:
-                views[0] = views[0][written:]
+    views = [memoryview(p) for p in pieces(data) if len(p)][::-1]
+    while views:
+        written = os.writev(fd, views[: -_PIECES - 1 : -1])
+        while views and written >= len(views[-1]):
+            written -= len(views.pop())
+        if views:
+            views[-1] = views[-1][written:]
+
+
+def _link(path: Path, target: Path) -> bool | None:
+    """Give a file a second name if that is free; None on a file system without hard links."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        return False
+    except OSError as e:
+        if e.errno not in _NO_LINKS:
+            raise
+        return None
+    return True
 
 
 def _make_directory(path: Path) -> None:

@@ -1,69 +1,115 @@
-"""The fast engine: obstore (the Rust crate `object_store`) for S3 and Google Cloud Storage.
+"""obstore, the Rust crate `object_store`: s3://, az://, http(s):// and memory://, and gs:// on demand.
 
-It moves bytes outside Python's interpreter lock and event loop, and lends them without a copy. The price: the library
-does not survive `fork`, neither an inherited client nor a new one in the child, so a process remembers whether it, or a
-parent before the fork, has used it. One PUT an object, never multipart: conditions need that, and multipart would bill
-12 operations for 48 MiB. On S3 the signature covers the body's SHA-256, which the server checks.
+It moves bytes outside Python's interpreter lock and event loop, and lends them without a copy. One PUT an object, never
+multipart: conditions need that, and multipart would bill 12 operations for 48 MiB. On S3 the signature covers the
+body's SHA-256, which the server checks. S3's credentials, region and endpoint come from botocore (environment, shared
+files and profiles, SSO, roles); Azure's and Google's from obstore's own reading of their environment variables. GCS
+goes through the XML API, which no local server speaks: unproven here.
 
-Credentials, region and endpoint come from botocore where it is installed (profiles, SSO, roles), else from obstore's
-own reading of the `AWS_*` variables. GCS goes through the XML API, which no local server speaks: unproven here.
+obstore 0.12's threads do not survive `fork`, and it can't start others. So a forked child loads a copy of the library,
+which starts afresh, when it first connects.
 """
 
-import importlib.util
+import importlib
 import os
 import re
+import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import botocore.session
+import obstore
+import obstore.store
 
 from actstore.errors import StoreError
-from actstore.store.storage.base import Buffers, Stat
-from actstore.store.storage.fsspec_drivers import S3_PASSING
-from actstore.store.storage.remote import (
-    RefusedError,
-    TransientError,
-    UnreachableError,
-    connecting,
-    longest,
-    plain,
-    silence,
-)
+from actstore.store.storage.base import Buffers, Stat, pieces
+from actstore.store.storage.remote import Answer, limits
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential
+    from obstore.store import ClientConfig, S3Config, S3Credential
 
+SCHEMES = ("s3", "az", "memory", "http", "https", "gs")
+
+_NATIVE = "obstore._obstore"
+_LIBRARY = Path(str(sys.modules[_NATIVE].__file__))
+_BEYOND_THE_END = ("status code: 416", "Wanted range starting at", 'header: "bytes 0--1/0"')
 _CREDENTIAL_LIFE = timedelta(minutes=5)
 _PAGE = 1000
-_first_pid: int | None = None
+
+_memory = obstore, obstore.store.MemoryStore()
+"""What memory:// URLs name, for as long as the process lives. Its objects need no threads, so a fork keeps them."""
+_loaded: ModuleType | None = obstore
+_loading = threading.Lock()
 
 
-def usable() -> bool:
-    """Whether obstore is installed and no parent of this process used it before the fork."""
-    return _first_pid in (None, os.getpid()) and importlib.util.find_spec("obstore") is not None
+def _seconds(number: float) -> timedelta:
+    return timedelta(seconds=number)
+
+
+def _forked() -> None:
+    global _loaded, _loading  # another thread of the parent may have held the lock
+    _loaded, _loading = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _load() -> ModuleType:
+    """obstore, whose threads are this process's own."""
+    global _loaded  # noqa: PLW0603
+    with _loading:
+        if _loaded is None:
+            if sys.platform != "linux":
+                raise StoreError("obstore was used before this process was forked; start workers with method spawn")
+            for name in [n for n in sys.modules if n.partition(".")[0] == "obstore"]:
+                del sys.modules[name]
+            with open(os.memfd_create("obstore"), "wb") as file:  # noqa: PTH123  a descriptor is no path
+                file.write(_LIBRARY.read_bytes())
+                file.flush()
+                loader = ExtensionFileLoader(_NATIVE, f"/proc/self/fd/{file.fileno()}")
+                spec = spec_from_loader(_NATIVE, loader)
+                assert spec is not None
+                sys.modules[_NATIVE] = module_from_spec(spec)
+                loader.exec_module(sys.modules[_NATIVE])
+            _loaded = importlib.import_module("obstore")
+        return _loaded
 
 
 class ObstoreDriver:
-    """S3 or GCS through obstore."""
+    """See `Driver`."""
 
-    def __init__(self, scheme: Literal["s3", "gs"], bucket: str) -> None:
-        """Connect; `StoreError` in a process forked from one that used obstore."""
-        global _first_pid  # noqa: PLW0603  what fork copies is exactly what this has to remember
-        if not usable():
-            if importlib.util.find_spec("obstore") is None:
-                raise StoreError("engine obstore is not installed: pip install 'actstore[fast]'")
-            raise StoreError(
-                "obstore was used before this process was forked and would hang here; start workers with the spawn "
-                "method, or set ACTSTORE_ENGINE=fsspec"
-            )
-        _first_pid = os.getpid()
-        import obstore
-
-        self._ob = obstore
-        self._scheme, self._bucket = scheme, bucket
-        self._token: Literal["e_tag", "version"] = "e_tag" if scheme == "s3" else "version"
-        connect = _s3(bucket) if scheme == "s3" else _gcs(bucket)
-        self._reads: Any = connect(silence())
-        self._writes: Any = connect(longest())  # obstore counts the time a request takes to send as silence
+    def __init__(self, scheme: str, bucket: str) -> None:
+        """Connect to a bucket, container or host; the credentials are found, and nothing else is sent."""
+        self._scheme = scheme
+        self._token = "version" if scheme == "gs" else "e_tag"
+        if scheme == "memory":
+            self._ob, self._reads = _memory
+            self._writes = self._reads
+            return
+        self._ob = _load()
+        longest, silence, connecting = map(_seconds, limits())
+        client: ClientConfig = {"allow_http": True, "connect_timeout": connecting, "timeout": longest}
+        stores = self._ob.store
+        if scheme == "s3":
+            config, credentials, bundle = _aws()
+            connect = partial(stores.S3Store, bucket, config=config, credential_provider=credentials)
+            if bundle:
+                client["root_certificate"] = Path(bundle).read_bytes()
+        elif scheme in ("http", "https"):
+            connect = partial(stores.HTTPStore, f"{scheme}://{bucket}")
+        else:
+            connect = partial(stores.GCSStore if scheme == "gs" else stores.AzureStore, bucket)
+        connect = partial(connect, retry_config={"max_retries": 0, "retry_timeout": longest})
+        self._reads = connect(client_options={**client, "read_timeout": silence})
+        # obstore counts the time that a request takes to send as silence.
+        self._writes = connect(client_options={**client, "read_timeout": longest})
 
     def get(self, name: str, start: int, stop: int | None) -> memoryview:
         """See `Driver`; a view of Rust's memory."""
@@ -71,19 +117,16 @@ class ObstoreDriver:
             found = self._ob.get(self._reads, name, options={} if stop is None else {"range": (start, stop)})
             return memoryview(found.bytes())
         except self._ob.exceptions.BaseError as e:
-            if _status(e) == 416:
+            if any(text in str(e) for text in _BEYOND_THE_END):
                 return memoryview(b"")
             raise
 
-    def put(self, name: str, data: Buffers, *, create: bool = False, version: str | None = None) -> None:
+    def put(self, name: str, data: Buffers, *, create: bool, version: str | None) -> None:
         """See `Driver`."""
-        body: Any = data or b""
-        if create:
-            self._ob.put(self._writes, name, body, mode="create", use_multipart=False)
-        elif version is not None:
-            self._ob.put(self._writes, name, body, mode={self._token: version}, use_multipart=False)  # pyright: ignore[reportArgumentType]  a TypedDict with a chosen key
-        else:
-            self._ob.put(self._writes, name, body, use_multipart=False)
+        mode = "create" if create else "overwrite" if version is None else {self._token: version}
+        if self._scheme == "memory":
+            data = b"".join(pieces(data))  # what obstore keeps would be the caller's buffer
+        self._ob.put(self._writes, name, data or b"", mode=mode, use_multipart=False)
 
     def head(self, name: str) -> Stat:
         """See `Driver`."""
@@ -106,88 +149,39 @@ class ObstoreDriver:
             return found, found[-1][0]
         return found, None
 
-    def explain(self, error: Exception) -> Exception:
-        """See `Driver`."""
+    def answer(self, error: Exception) -> Answer | None:
+        """See `Driver`; obstore names status and code in an error's text only."""
         kinds = self._ob.exceptions
+        found = re.search(r"status code: (\d{3})", str(error))
+        status = int(found[1]) if found else None
+        found = re.search(r"<Code>(\w+)</Code>", str(error))
+        code = found[1] if found else ""
+        if isinstance(error, FileNotFoundError):
+            return Answer(404, code)
+        if self._scheme == "s3" and status == 409:
+            return Answer(503, code)  # two conditional writes met; AWS asks to try again
         if isinstance(error, (kinds.AlreadyExistsError, kinds.PreconditionError)):
-            return TransientError(plain(error)) if _status(error) == 409 else RefusedError(plain(error))
-        code = re.search(r"<Code>(\w+)</Code>", str(error))
-        if code and code[1] == "NoSuchBucket":
-            return StoreError(f"{self._scheme}://{self._bucket}: there is no such bucket")
-        status = _status(error)
-        if isinstance(error, kinds.GenericError):
-            passes = status is None or status in S3_PASSING or (code is not None and code[1] in S3_PASSING)
-            kind = UnreachableError if status is None and code is None else TransientError
-            return kind(plain(error)) if passes else error
-        return error
+            return Answer(412, code)
+        return Answer(status, code) if status or isinstance(error, kinds.GenericError) else None
 
 
-def _status(error: Exception) -> int | None:
-    """The HTTP status that obstore names in an error's text only."""
-    found = re.search(r"status code: (\d{3})", str(error))
-    return int(found[1]) if found else None
+def _aws() -> "tuple[S3Config, Callable[[], S3Credential], str | None]":
+    """Region and endpoint, credentials, and the file of an own certificate authority, as botocore finds them."""
+    session = botocore.session.get_session()
+    client = session.create_client("s3")  # resolves profiles, regions and endpoints; sends nothing
+    config: S3Config = {"endpoint": client.meta.endpoint_url, "region": client.meta.region_name or "us-east-1"}
+    client.close()
+    found = session.get_credentials()
+    if found is None:
+        raise StoreError("no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE")
 
-
-def _options(read: float, *, http: bool) -> "tuple[ClientConfig, RetryConfig]":
-    """Time-outs, and no tries of obstore's own."""
-    client: ClientConfig = {
-        "allow_http": http,
-        "connect_timeout": timedelta(seconds=connecting()),
-        "read_timeout": timedelta(seconds=read),
-        "timeout": timedelta(seconds=longest()),
-    }
-    return client, {"max_retries": 0, "retry_timeout": timedelta(seconds=longest())}
-
-
-def _s3(bucket: str) -> Callable[[float], object]:
-    from obstore.store import S3Store
-
-    config: S3Config = {}
-    credentials = None
-    if importlib.util.find_spec("botocore") is not None:
-        import botocore.session
-
-        session = botocore.session.get_session()
-        client = session.create_client("s3")  # resolves profiles, regions and endpoints; sends nothing
-        endpoint = str(client.meta.endpoint_url)
-        config = {"endpoint": endpoint, "region": client.meta.region_name or "us-east-1"}
-        client.close()
-        credentials = _Credentials(session.get_credentials())
-    else:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-
-    def connect(read: float) -> object:
-        client, retry = _options(read, http=endpoint.startswith("http://"))
-        return S3Store(
-            bucket, config=config, client_options=client, retry_config=retry, credential_provider=credentials
-        )
-
-    return connect
-
-
-def _gcs(bucket: str) -> Callable[[float], object]:
-    from obstore.store import GCSStore
-
-    def connect(read: float) -> object:
-        client, retry = _options(read, http=False)
-        return GCSStore(bucket, client_options=client, retry_config=retry)
-
-    return connect
-
-
-class _Credentials:
-    """botocore's credentials, which refresh themselves, as obstore asks for them."""
-
-    def __init__(self, credentials: Any) -> None:
-        if credentials is None:
-            raise StoreError("no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE")
-        self._credentials = credentials
-
-    def __call__(self) -> "S3Credential":
-        now = self._credentials.get_frozen_credentials()
+    def credentials() -> "S3Credential":
+        now = found.get_frozen_credentials()  # refreshes those that expire
         return {
             "access_key_id": now.access_key,
             "secret_access_key": now.secret_key,
             "token": now.token,
             "expires_at": datetime.now(UTC) + _CREDENTIAL_LIFE,
         }
+
+    return config, credentials, session.get_config_variable("ca_bundle")
