@@ -12,11 +12,11 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from actstore import keyed
 from actstore.errors import EncodingError, mismatch
 from actstore.store.format import encoder, fixed, record, stats
+from actstore.store.format.record import CommitRecord
 from actstore.store.format.spec import (
     GROUP_KEY,
     PROVENANCE_ARRAYS,
@@ -37,14 +38,57 @@ from actstore.store.format.spec import (
     metadata_objects,
 )
 from actstore.store.read.index import committed, read_spec
+from actstore.store.read.values import BucketRows
 from actstore.store.storage import LocalStorage, Storage, check_conditional_writes, open_storage
+from actstore.store.storage.base import Buffers
 from actstore.store.write import protocol
 from actstore.store.write.extend import change_spec, write_metadata
 from actstore.store.write.finalise import finalise
-from actstore.store.write.protocol import Attempt, NotWritten
+from actstore.store.write.protocol import Attempt, NotWritten, Steps
 
 LOCAL_PUTS, REMOTE_PUTS = 2, 8
 """Shards that are being put while others are encoded; each has a buffer of its own."""
+
+Job = TypeVar("Job")
+Stored = TypeVar("Stored")
+Put = Callable[[str, Buffers], None]
+"""Puts a shard, by key and content, for the attempt that holds the bucket."""
+
+
+class _TakenOverError(Exception):
+    """Another attempt has taken the bucket over."""
+
+
+def write_shards(
+    storage: Storage,
+    steps: Steps[Attempt | NotWritten],
+    jobs: Sequence[Job],
+    store: Callable[[Job, str, Put], Stored],
+    describe: Callable[[str, list[Stored]], CommitRecord],
+    *,
+    workers: int,
+) -> CommitRecord | NotWritten:
+    """One attempt at a bucket, from its first `steps` to its record.
+
+    `store(job, attempt id, put)` makes and puts one shard, in `workers` threads at once; `describe(attempt id, what
+    store returned for each job)` is the record.
+    """
+    attempt = protocol.run(storage, steps)
+    if isinstance(attempt, NotWritten):
+        return attempt
+
+    def put(key: str, data: Buffers) -> None:
+        if not protocol.run(storage, protocol.put(attempt, key, data)):
+            raise _TakenOverError
+
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="actstore-shards") as pool:
+            stored = list(pool.map(lambda job: store(job, attempt.id, put), jobs))  # an error cancels what is left
+    except _TakenOverError:
+        return NotWritten.TAKEN_OVER
+    made = describe(attempt.id, stored)
+    done = protocol.run(storage, protocol.commit(attempt, record.to_bytes(made)))
+    return made if done else NotWritten.TAKEN_OVER
 
 
 @dataclass
@@ -53,24 +97,6 @@ class WriteTimes:
 
     encode_s: float = 0.0
     put_s: float = 0.0
-
-
-class Rows(Protocol):
-    """Rows of one array, in memory or elsewhere: what `write_arrays` needs of a numpy array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[n, d] or [n]."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """See `write_arrays`."""
-        ...
-
-    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        """A run of rows."""
-        ...
 
 
 class StoreWriter:
@@ -124,8 +150,13 @@ class StoreWriter:
         return seen is not None and seen.size > record.INTENT_BYTES
 
     def write_arrays(
-        self, bucket: int, data: Mapping[str, Rows], *, condemned: str | None = None, times: WriteTimes | None = None
-    ) -> record.CommitRecord | NotWritten:
+        self,
+        bucket: int,
+        data: Mapping[str, NDArray[Any] | BucketRows],
+        *,
+        condemned: str | None = None,
+        times: WriteTimes | None = None,
+    ) -> CommitRecord | NotWritten:
         """Store a bucket and commit it; returns its record, or why it was not committed.
 
         Every array is in stored order (see `permutation`): sites are [n, d], as bfloat16 bits (uint16) for `bf16`,
@@ -136,31 +167,51 @@ class StoreWriter:
         """
         first, stop = self.spec.bucket_range(bucket)
         self._check(data, stop - first)
+        attempt_id = protocol.new_id()
         steps = (
-            protocol.begin(bucket, protocol.new_id())
+            protocol.begin(bucket, attempt_id)
             if condemned is None
-            else protocol.take_over(bucket, protocol.new_id(), condemned)
+            else protocol.take_over(bucket, attempt_id, condemned)
         )
-        attempt = protocol.run(self.storage, steps)
-        if isinstance(attempt, NotWritten):
-            return attempt
-        calibrations = {name: self._calibration(name, bucket, data[name]) for name in self._fixed_sites()}
-        try:
-            chunks, sums = self._write_shards(bucket, data, attempt, times or WriteTimes())
-        except _TakenOverError:
-            return NotWritten.TAKEN_OVER
-        self._check_clipping(bucket, sums)
-        made = record.CommitRecord(
-            bucket=bucket,
-            attempt=attempt.id,
-            rows=stop - first,
-            arrays=chunks,
-            calibration={name: fixed.digest(fixed.to_bytes(c)) for name, c in calibrations.items()},
-            stats=sums,
-            versions=self.versions,
-        )
-        done = protocol.run(self.storage, protocol.commit(attempt, record.to_bytes(made)))
-        return made if done else NotWritten.TAKEN_OVER
+        encoding, seconds = threading.Semaphore(self.threads), list[tuple[float, float]]()
+
+        def store(job: tuple[ArraySpec, int], attempt: str, put: Put) -> encoder.Encoded:
+            array, start = job
+            buffer = self._buffers.get()
+            try:
+                with encoding:
+                    began = time.perf_counter()
+                    rows = data[array.name][start : start + array.shard_rows]
+                    made = self.encode(array, rows, bucket, start, buffer, attempt)
+                    encoded = time.perf_counter()
+                put(array.shard_key((first + start) // array.shard_rows), [buffer[: made.size].data])
+            finally:
+                self._buffers.put(buffer)
+            seconds.append((encoded - began, time.perf_counter() - encoded))
+            return made
+
+        def describe(attempt: str, stored: list[encoder.Encoded]) -> CommitRecord:
+            shards = {name: [e for (a, _), e in zip(jobs, stored, strict=True) if a.name == name] for name in data}
+            sums = {s: self._sums(bucket, [e.sums for e in shards[s] if e.sums]) for s in self.spec.sites}
+            self._check_clipping(bucket, sums)
+            return CommitRecord(
+                bucket=bucket,
+                attempt=attempt,
+                rows=stop - first,
+                arrays={name: encoder.chunks(found) for name, found in shards.items()},
+                calibration={name: fixed.digest(fixed.to_bytes(c)) for name, c in self._calibrations.items()},
+                stats=sums,
+                versions=self.versions,
+            )
+
+        for name in self._fixed_sites():
+            self._calibration(name, bucket, data[name])
+        jobs = [(a, start) for a in self._arrays.values() for start in range(0, stop - first, a.shard_rows)]
+        made = write_shards(self.storage, steps, jobs, store, describe, workers=self.threads + self.puts)
+        if times:
+            times.encode_s += sum(s for s, _ in seconds)
+            times.put_s += sum(s for _, s in seconds)
+        return made
 
     def _check_clipping(self, bucket: int, sums: Mapping[str, stats.Sums]) -> None:
         for site in self._fixed_sites():
@@ -173,7 +224,7 @@ class StoreWriter:
                     "with actstore cp, which takes the range of all rows"
                 )
 
-    def _check(self, data: Mapping[str, Rows], rows: int) -> None:
+    def _check(self, data: Mapping[str, NDArray[Any] | BucketRows], rows: int) -> None:
         if set(data) != set(self._arrays):
             raise ValueError(f"arrays are {sorted(data)}, the store has {sorted(self._arrays)}")
         for name, array in self._arrays.items():
@@ -182,56 +233,6 @@ class StoreWriter:
             if data[name].shape != shape or data[name].dtype not in allowed:
                 expected = " or ".join(f"{dtype}{shape}" for dtype in allowed)
                 raise ValueError(f"{name} is {data[name].dtype}{data[name].shape}, expected {expected}")
-
-    def _write_shards(
-        self, bucket: int, data: Mapping[str, Rows], attempt: Attempt, times: WriteTimes
-    ) -> tuple[dict[str, record.Chunks], dict[str, stats.Sums]]:
-        """Encode in `threads` threads, put in others; what is encoded but not yet put is bounded."""
-        first, stop = self.spec.bucket_range(bucket)
-        buffers, failed = self._buffers, threading.Event()
-        jobs: dict[str, list[Future[encoder.Encoded]]] = {name: [] for name in self._arrays}
-        puts: list[Future[float]] = []
-        encoding: list[float] = []
-
-        def put(key: str, buffer: NDArray[np.uint8], size: int) -> float:
-            began = time.perf_counter()
-            try:
-                if not protocol.run(self.storage, protocol.put(attempt, key, [buffer[:size].data])):
-                    raise _TakenOverError
-                return time.perf_counter() - began
-            except BaseException:
-                failed.set()
-                raise
-            finally:
-                buffers.put(buffer)
-
-        def encode(array: ArraySpec, start: int, buffer: NDArray[np.uint8]) -> encoder.Encoded:
-            began = time.perf_counter()
-            try:
-                rows = data[array.name][start : start + array.shard_rows]
-                made = self.encode(array, rows, bucket, start, buffer, attempt.id)
-                encoding.append(time.perf_counter() - began)
-            except BaseException:
-                failed.set()
-                buffers.put(buffer)
-                raise
-            puts.append(putters.submit(put, array.shard_key((first + start) // array.shard_rows), buffer, made.size))
-            return made
-
-        with ThreadPoolExecutor(self.puts, thread_name_prefix="actstore-put") as putters:
-            with ThreadPoolExecutor(self.threads, thread_name_prefix="actstore-encode") as encoders:
-                for array in self._arrays.values():
-                    for start in range(0, stop - first, array.shard_rows):
-                        buffer = buffers.get()
-                        if failed.is_set():
-                            buffers.put(buffer)
-                        else:
-                            jobs[array.name].append(encoders.submit(encode, array, start, buffer))
-            done = {name: [job.result() for job in found] for name, found in jobs.items()}
-        times.put_s += sum(finished.result() for finished in puts)
-        times.encode_s += sum(encoding)
-        chunks = {name: encoder.chunks(found) for name, found in done.items()}
-        return chunks, {s: self._sums(bucket, [e.sums for e in done[s] if e.sums]) for s in self.spec.sites}
 
     def _sums(self, bucket: int, parts: list[stats.Sums]) -> stats.Sums:
         """A site's sums over a bucket, from those of its shards in order; rows are named by their row number."""
@@ -258,11 +259,9 @@ class StoreWriter:
     ) -> encoder.Encoded:
         """One shard of a bucket: rows from place `start` of it to the start of `out`, see `encode_shard`."""
         try:
-            if array.name in PROVENANCE_ARRAYS:
-                return encoder.encode_shard(array, rows, out, attempt)
-            site = self.spec.sites[array.name]
-            calibration = self._calibration(array.name, bucket, rows) if site.kind == "fixed" else None
-            return encoder.encode_shard(array, rows, out, attempt, with_sums=True, calibration=calibration)
+            is_fixed, is_site = array.name in self._fixed_sites(), array.name in self.spec.sites
+            calibration = self._calibration(array.name, bucket, rows) if is_fixed else None
+            return encoder.encode_shard(array, rows, out, attempt, with_sums=is_site, calibration=calibration)
         except encoder.NotFiniteError as e:
             raise self._not_finite(array.name, bucket, start + e.row) from e
 
@@ -276,10 +275,10 @@ class StoreWriter:
     def _fixed_sites(self) -> list[str]:
         return [name for name, site in self.spec.sites.items() if site.kind == "fixed"]
 
-    def _calibration(self, site: str, bucket: int, rows: Rows) -> fixed.Calibration:
+    def _calibration(self, site: str, bucket: int, rows: NDArray[Any] | BucketRows) -> fixed.Calibration:
         """The site's calibration: as stored, else made from this bucket's rows and stored, once for all writers."""
         if site not in self._calibrations:
-            key = calibration_key(site)
+            key, d, eps = calibration_key(site), self.spec.sites[site].d, self.spec.sites[site].eps
             if not self.storage.exists(key):
                 parts: list[stats.Sums] = []
                 for start in range(0, rows.shape[0], self.spec.chunk_rows):
@@ -288,10 +287,8 @@ class StoreWriter:
                     if bad is not None:
                         raise self._not_finite(site, bucket, start + bad)
                     parts.append(stats.sums(part))
-                sums, eps = reduce(stats.add, parts), self.spec.sites[site].eps
-                made = fixed.calibrate(sums, eps, np.ascontiguousarray(rows[: fixed.CALIBRATION_ROWS]))
-                self.storage.create(key, fixed.to_bytes(made))
-            d = self.spec.sites[site].d
+                sample = np.ascontiguousarray(rows[: fixed.CALIBRATION_ROWS])
+                self.storage.create(key, fixed.to_bytes(fixed.calibrate(reduce(stats.add, parts), eps, sample)))
             self._calibrations[site] = fixed.from_bytes(self.storage.get(key, 16 * d), d, f"{self.url}/{key}")
         return self._calibrations[site]
 
@@ -322,11 +319,7 @@ class StoreWriter:
         return finalise(self.storage, self.spec, rewritten=rewritten)
 
 
-class _TakenOverError(Exception):
-    """Another attempt has taken the bucket over."""
-
-
-def remarks(made: record.CommitRecord) -> list[str]:
+def remarks(made: CommitRecord) -> list[str]:
     """What a user should know of a bucket that was written, a line each."""
     return [line for site, s in made.stats.items() for line in s.remarks(f"bucket {made.bucket} of {site}")]
 
