@@ -95,14 +95,20 @@ def test_threads_and_forks_are_refused(tmp_path: Path) -> None:
     assert open_store(tmp_path / "s").rows == 10
 
 
-def test_a_writer_that_is_never_closed_keeps_full_buckets_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", ["w = fed()", "fed()"], ids=["held", "dropped"])
+def test_a_writer_that_is_never_closed_keeps_full_buckets_and_says_so(tmp_path: Path, last: str) -> None:
     code = f"""
 import numpy as np, actstore
-w = actstore.create({str(tmp_path / "s")!r}, sites={{"a": 8}}, encoding="f32", **{SIZES})
-w.append({{"a": np.ones((1500, 8), np.float32)}})
+def fed():
+    w = actstore.create({str(tmp_path / "s")!r}, sites={{"a": 8}}, encoding="f32", **{SIZES})
+    w.append({{"a": np.ones((1500, 8), np.float32)}})
+    return w
+actstore.create({str(tmp_path / "s")!r}, sites={{"a": 8}}, encoding="f32", **{SIZES})  # was given nothing
+{last}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "was never closed: the store is unfinished, 1024 rows are in full buckets, 476 are lost" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert open_store(tmp_path / "s").rows == 1024
 
 
