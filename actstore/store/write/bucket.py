@@ -50,7 +50,6 @@ LOCAL_PUTS, REMOTE_PUTS = 2, 8
 """Shards that are being put while others are encoded; each has a buffer of its own."""
 
 Job = TypeVar("Job")
-Stored = TypeVar("Stored")
 Put = Callable[[str, Buffers], None]
 """Puts a shard, by key and content, for the attempt that holds the bucket."""
 
@@ -62,16 +61,16 @@ class _TakenOverError(Exception):
 def write_shards(
     storage: Storage,
     steps: Steps[Attempt | NotWritten],
-    jobs: Sequence[Job],
-    store: Callable[[Job, str, Put], Stored],
-    describe: Callable[[str, list[Stored]], CommitRecord],
+    jobs: Mapping[str, Sequence[Job]],
+    store: Callable[[str, Job, str, Put], encoder.Encoded],
+    describe: Callable[[str, dict[str, list[encoder.Encoded]]], CommitRecord],
     *,
     workers: int,
 ) -> CommitRecord | NotWritten:
-    """One attempt at a bucket, from its first `steps` to its record.
+    """One attempt at a bucket, from its first `steps` to its record; `jobs` are its shards, by array.
 
-    `store(job, attempt id, put)` makes and puts one shard, in `workers` threads at once; `describe(attempt id, what
-    store returned for each job)` is the record.
+    `store(array, job, attempt id, put)` makes and puts one shard, in `workers` threads at once; `describe(attempt id,
+    what store returned, by array)` is the record.
     """
     attempt = protocol.run(storage, steps)
     if isinstance(attempt, NotWritten):
@@ -81,14 +80,18 @@ def write_shards(
         if not protocol.run(storage, protocol.put(attempt, key, data)):
             raise _TakenOverError
 
+    shards = [(name, job) for name, listed in jobs.items() for job in listed]
+    stored: dict[str, list[encoder.Encoded]] = {name: [] for name in jobs}
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="actstore-shards") as pool:
-            stored = list(pool.map(lambda job: store(job, attempt.id, put), jobs))  # an error cancels what is left
+            made = pool.map(lambda s: store(s[0], s[1], attempt.id, put), shards)  # an error cancels what is left
+            for (name, _), one in zip(shards, made, strict=True):
+                stored[name].append(one)
     except _TakenOverError:
         return NotWritten.TAKEN_OVER
-    made = describe(attempt.id, stored)
-    done = protocol.run(storage, protocol.commit(attempt, record.to_bytes(made)))
-    return made if done else NotWritten.TAKEN_OVER
+    committed = describe(attempt.id, stored)
+    done = protocol.run(storage, protocol.commit(attempt, record.to_bytes(committed)))
+    return committed if done else NotWritten.TAKEN_OVER
 
 
 @dataclass
@@ -175,13 +178,12 @@ class StoreWriter:
         )
         encoding, seconds = threading.Semaphore(self.threads), list[tuple[float, float]]()
 
-        def store(job: tuple[ArraySpec, int], attempt: str, put: Put) -> encoder.Encoded:
-            array, start = job
-            buffer = self._buffers.get()
+        def store(name: str, start: int, attempt: str, put: Put) -> encoder.Encoded:
+            array, buffer = self._arrays[name], self._buffers.get()
             try:
                 with encoding:
                     began = time.perf_counter()
-                    rows = data[array.name][start : start + array.shard_rows]
+                    rows = data[name][start : start + array.shard_rows]
                     made = self.encode(array, rows, bucket, start, buffer, attempt)
                     encoded = time.perf_counter()
                 put(array.shard_key((first + start) // array.shard_rows), [buffer[: made.size].data])
@@ -190,8 +192,7 @@ class StoreWriter:
             seconds.append((encoded - began, time.perf_counter() - encoded))
             return made
 
-        def describe(attempt: str, stored: list[encoder.Encoded]) -> CommitRecord:
-            shards = {name: [e for (a, _), e in zip(jobs, stored, strict=True) if a.name == name] for name in data}
+        def describe(attempt: str, shards: dict[str, list[encoder.Encoded]]) -> CommitRecord:
             sums = {s: self._sums(bucket, [e.sums for e in shards[s] if e.sums]) for s in self.spec.sites}
             self._check_clipping(bucket, sums)
             return CommitRecord(
@@ -206,7 +207,7 @@ class StoreWriter:
 
         for name in self._fixed_sites():
             self._calibration(name, bucket, data[name])
-        jobs = [(a, start) for a in self._arrays.values() for start in range(0, stop - first, a.shard_rows)]
+        jobs = {name: range(0, stop - first, array.shard_rows) for name, array in self._arrays.items()}
         made = write_shards(self.storage, steps, jobs, store, describe, workers=self.threads + self.puts)
         if times:
             times.encode_s += sum(s for s, _ in seconds)
