@@ -34,6 +34,7 @@ from actstore.progress import Progress
 from actstore.store.format.spec import FLOATS, PROVENANCE_ARRAYS, arrays
 from actstore.store.read.store import Store, open_store
 from actstore.store.read.values import Values
+from actstore.store.storage import LocalStorage
 
 Format = Literal["safetensors", "npy", "parquet"]
 FORMATS: tuple[Format, ...] = ("safetensors", "npy", "parquet")
@@ -88,6 +89,8 @@ def export(
     if not names or ROW in names:
         raise ValueError(f"sites are {names}, expected one or more, none of them called {ROW!r}")
     count, wanted = _sample(store, sample, seed) if sample is not None else _range(store, rows)
+    if isinstance(store.storage, LocalStorage) and out.resolve().is_relative_to(store.storage.root.resolve()):
+        raise ValueError(f"{out} lies in the store; choose another --out")
     if out.exists():
         raise StoreError(f"{out} exists already; delete it or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +161,8 @@ def _range(store: Store, rows: tuple[int, int] | None) -> tuple[int, Iterator[ND
 
 def _sample(store: Store, count: int, seed: int) -> tuple[int, Iterator[NDArray[np.int64]]]:
     """How many rows a sample has, and their numbers, bucket by bucket."""
+    if not store.rows:
+        raise StoreError(f"{store.url}: no bucket is committed yet, so there are no rows to draw from")
     if not 0 < count <= store.rows:
         raise ValueError(f"sample is {count}, expected 1 to {store.rows}, the committed rows")
     # the start of a keyed permutation of the committed rows

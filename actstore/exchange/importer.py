@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from actstore.errors import StoreError
 from actstore.progress import Progress
 from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
+from actstore.store.read.store import open_store
 from actstore.store.write.append import create
 
 Format = Literal["auto", "numpy", "safetensors", "saelens", "activault"]
@@ -65,6 +66,10 @@ class ImportSummary:
     rows: int
     rows_imported: int
     """By this run; the others were there already."""
+    nonfinite: int
+    """Rows with NaN or infinity in the store: the files', and those beyond the range of the encoding."""
+    saturated: int
+    """Values in the store that `fixed` has clipped."""
     d: int
     seconds: float
 
@@ -163,8 +168,17 @@ def import_activations(
                     step.advance(len(x))
             first_row += count
             first_sequence += sequences
-    seconds = time.monotonic() - began
-    return ImportSummary(format=found, files=len(paths), rows=rows, rows_imported=rows - there, d=d, seconds=seconds)
+    sums = open_store(out).index.stats[site]
+    return ImportSummary(
+        format=found,
+        files=len(paths),
+        rows=rows,
+        rows_imported=rows - there,
+        nonfinite=sums.nonfinite,
+        saturated=sums.saturated,
+        d=d,
+        seconds=time.monotonic() - began,
+    )
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -183,10 +197,13 @@ def _expand(sources: list[Path], wanted: Format) -> tuple[list[Path], Format]:
     for source in sources:
         if not source.exists():
             raise StoreError(f"{source}: no such file or directory; files on object storage have to be copied here")
+        if not (source.is_file() or source.is_dir()):
+            raise StoreError(f"{source}: is no regular file; expected files and directories")
         files += _inside(source, wanted) if source.is_dir() else [source]
     files = sorted(dict.fromkeys(files), key=_natural)
     if not files:
-        raise StoreError(f"no files to import in {', '.join(map(str, sources))}; known are {', '.join(SUFFIXES)}")
+        where = ", ".join(map(str, sources)) or "no files and directories"
+        raise StoreError(f"no files to import in {where}; known are {', '.join(SUFFIXES)}")
     if wanted != "auto":
         return files, wanted
     first = SUFFIXES.get(files[0].suffix, "auto")
@@ -275,8 +292,9 @@ def _choose(names: Iterable[str], wanted: str | None) -> str:
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted not in names:
-        found = ", ".join(sorted(names)[:20]) or "none that fits"
-        raise ValueError(f"it has the tensors {found}; name one of them with --tensor")
+        if not names:
+            raise ValueError("it has no tensor that fits")
+        raise ValueError(f"it has the tensors {', '.join(sorted(names)[:20])}; name one of them with --tensor")
     assert wanted
     return wanted
 

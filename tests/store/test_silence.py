@@ -112,6 +112,42 @@ actstore.create({str(tmp_path / "s")!r}, sites={{"a": 8}}, encoding="f32", **{SI
     assert open_store(tmp_path / "s").rows == 1024
 
 
+@pytest.mark.parametrize("key", [f"{SITE}/zarr.json", f"{SITE}/c/0/0", "commits/notes.txt", "manifest/x", "tokens/ids"])
+def test_what_has_a_name_of_the_stores_is_not_written_over(tmp_path: Path, key: str) -> None:
+    """Whoever made it: without the store it could be of, it is somebody's."""
+    source, mine = make(tmp_path / "s"), tmp_path / "mine" / key
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    (tmp_path / "mine" / "notes.txt").write_text("no name of the store's")
+    assert f"{key} is there and of no store" in run_actstore("cp", source, str(tmp_path / "mine"), code=1).stderr
+    with pytest.raises(StoreError, match="delete it, or choose an empty place"):
+        make(tmp_path / "mine")
+    left = {p.relative_to(tmp_path / "mine").as_posix() for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    assert left == {key, "notes.txt"}
+    mine.unlink()
+    run_actstore("cp", source, str(tmp_path / "mine"))
+
+
+def test_a_store_that_lost_its_group_is_continued(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), actstore.create(tmp_path / "s", sites={SITE: 8}, rows=2048, **SMALL) as w:
+        w.append({SITE: rows(2048)[:1024]})
+        raise ZeroDivisionError
+    (tmp_path / "s" / "zarr.json").unlink()
+    with actstore.create(tmp_path / "s", sites={SITE: 8}, rows=2048, **SMALL) as w:
+        assert w.next_row == 1024
+        w.append({SITE: rows(2048)[1024:]})
+    with actstore.create(tmp_path / "whole", sites={SITE: 8}, rows=2048, **SMALL) as w:
+        w.append({SITE: rows(2048)})
+    assert open_store(tmp_path / "s").fingerprint == open_store(tmp_path / "whole").fingerprint
+
+
+def test_threads_are_one_or_more(tmp_path: Path) -> None:
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"threads is {threads}, expected 1 or more"):
+            actstore.create(tmp_path / "s", sites={SITE: 8}, threads=threads, **SMALL)
+    assert not (tmp_path / "s").exists()
+
+
 def test_sites_must_agree_in_their_leading_dimensions(tmp_path: Path) -> None:
     with actstore.create(tmp_path / "s", sites={"a": 8, "b": 8}, **SMALL) as w:
         with pytest.raises(ValueError, match="leading dimensions by site are"):

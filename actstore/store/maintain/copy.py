@@ -62,6 +62,10 @@ class CopySummary:
     """By this run."""
     bytes_copied: int
     """Read from the source by this run."""
+    nonfinite: int
+    """Rows with NaN or infinity at the destination, over all sites: its encoding may have a smaller range."""
+    saturated: int
+    """Values at the destination that `fixed` has clipped."""
     fingerprint: str
     """Of the destination."""
     moved: bool
@@ -112,6 +116,8 @@ def _summary(
         planned_buckets=None if copied.spec.rows == OPEN_ENDED else copied.spec.buckets,
         buckets_copied=buckets_copied,
         bytes_copied=bytes_copied,
+        nonfinite=sum(s.nonfinite for s in copied.index.stats.values()),
+        saturated=sum(s.saturated for s in copied.index.stats.values()),
         fingerprint=copied.fingerprint,
         moved=moved,
         left=left,
@@ -222,6 +228,8 @@ class _Copy:
                 data = fixed.to_bytes(self.source.calibration(site))
                 if not self.destination.create(key, data) and self.destination.get(key, len(data)) != data:
                     raise StoreError(f"{self.destination.url}/{key} is another calibration; copy to an empty place")
+            elif self.destination.exists(key):
+                continue
             elif not (sums := self.source.index.stats[site]).nonfinite:  # else the writer names the row
                 sample = BucketRows(self._values(site), self.source, site, 0)[: fixed.CALIBRATION_ROWS]
                 self.destination.create(key, fixed.to_bytes(fixed.calibrate(sums, made.eps, sample)))

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import keyed
-from actstore.errors import EncodingError, mismatch
-from actstore.store.format import encoder, fixed, record, stats
+from actstore.errors import EncodingError, StoreError, mismatch
+from actstore.store.format import encoder, fixed, manifest, record, stats
 from actstore.store.format.record import CommitRecord
+from actstore.store.format.sealed import METADATA_LIMIT
 from actstore.store.format.spec import (
     GROUP_KEY,
     PROVENANCE_ARRAYS,
@@ -48,6 +49,7 @@ from actstore.store.write.protocol import Attempt, NotWritten, Steps
 
 LOCAL_PUTS, REMOTE_PUTS = 2, 8
 """Shards that are being put while others are encoded; each has a buffer of its own."""
+_LISTERS = 16
 
 Job = TypeVar("Job")
 Put = Callable[[str, Buffers], None]
@@ -117,6 +119,8 @@ class StoreWriter:
 
         Every commit record keeps `versions`, those of the libraries that computed the rows.
         """
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}, expected 1 or more")
         self.versions = dict(versions or {})
         self.storage = storage
         self.spec = spec
@@ -332,20 +336,39 @@ def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int |
     object store has no conditional writes.
     """
     storage = open_storage(url)
+    writer = StoreWriter(storage, spec, threads=threads)
     check_conditional_writes(storage, GROUP_KEY)
     if not storage.exists(GROUP_KEY):
-        for key, data in metadata_objects(spec).items():
-            storage.create(key, data)
-        storage.create(GROUP_KEY, group_metadata(spec))  # decides, should several create a store here at once
+        _begin_store(storage, spec)
     if (found := read_spec(storage)) != spec:
         raise mismatch(
             f"the store at {storage.url}",
             comparable(found),
             comparable(spec),
-            remedy="Use the same settings to continue it, or another --out.",
+            remedy="Use the same settings to continue it, or another place.",
         )
     write_metadata(storage)
-    return StoreWriter(storage, spec, threads=threads)
+    return writer
+
+
+def _begin_store(storage: Storage, spec: StoreSpec) -> None:
+    """Write all metadata, the group last: it decides, should several create a store here at once.
+
+    Objects of someone else that have the names of the store's are refused: they would be written over. A store that
+    was begun, or has lost its group, has all its array metadata, unchanged.
+    """
+    metadata = metadata_objects(spec)
+    names = [*arrays(spec), record.COMMITS, manifest.MANIFEST, "calibration", "tokens"]
+    with ThreadPoolExecutor(_LISTERS, thread_name_prefix="actstore-list") as pool:
+        there = {key for found in pool.map(storage.list, names) for key in found}
+    foreign = [key for key, data in metadata.items() if key in there and storage.get(key, METADATA_LIMIT) != data]
+    if metadata.keys() - there:
+        foreign += sorted(there - metadata.keys())
+    if foreign and not storage.exists(GROUP_KEY):  # else another writer has created the store meanwhile
+        raise StoreError(f"{storage.url}: {foreign[0]} is there and of no store; delete it, or choose an empty place")
+    for key, data in metadata.items():
+        storage.create(key, data)
+    storage.create(GROUP_KEY, group_metadata(spec))
 
 
 def open_writer(
