@@ -156,7 +156,12 @@ def _range(store: Store, rows: tuple[int, int] | None) -> tuple[int, Iterator[ND
     buckets = np.arange(start // size, -(-stop // size))
     ends = np.minimum(stop, buckets * size + store.spec.bucket_sizes(buckets))
     starts = np.minimum(np.maximum(start, buckets * size), ends)  # a short bucket may end before the range begins
-    return int((ends - starts).sum()), (np.arange(*bounds) for bounds in zip(starts, ends, strict=True))
+    count = int((ends - starts).sum())
+    if not count:
+        raise ValueError(
+            f"rows {start}:{stop} hold no row: an extension begins with a new bucket, the last one was short"
+        )
+    return count, (np.arange(*bounds) for bounds in zip(starts, ends, strict=True))
 
 
 def _sample(store: Store, count: int, seed: int) -> tuple[int, Iterator[NDArray[np.int64]]]:

@@ -304,6 +304,8 @@ GOOD: dict[str, Any] = {"resid_post.3": np.zeros((4, 5)), "mlp_out.3": np.zeros(
         ({"mlp_out.3": np.zeros((4, 3), np.bool_)}, {}, "is bool, expected floating-point"),
         ({"mlp_out.3": np.zeros((4, 3), np.complex64)}, {}, "is complex64, expected floating-point"),
         ({"mlp_out.3": torch.zeros(4, 3, dtype=torch.int64)}, {}, "is int64, expected floating-point"),
+        ({"mlp_out.3": np.ma.masked_array(np.zeros((4, 3)), mask=True)}, {}, r"site mlp_out\.3 is a masked array"),
+        ({}, {"token_id": np.ma.masked_array(range(4), mask=True)}, "token_id is a masked array"),
         ({"mlp_out.3": np.zeros((4, 4))}, {}, r"has shape \[4, 4\], expected \[n, 3\]"),
         ({"mlp_out.3": np.float32(1)}, {}, r"has shape \[\], expected \[n, 3\]"),
         ({"mlp_out.3": np.zeros((5, 3))}, {}, "leading dimensions by site are .* expected the same"),

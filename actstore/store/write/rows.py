@@ -26,7 +26,7 @@ def site_rows(sites: Mapping[str, Any], spec: StoreSpec) -> tuple[dict[str, Any]
     rows: dict[str, Any] = {}
     leading: dict[str, tuple[int, ...]] = {}
     for name, site in spec.sites.items():
-        x: Any = sites[name].detach() if _is_tensor(sites[name]) else np.asarray(sites[name])
+        x = _plain(f"site {name}", sites[name])
         if not dtype_name(x).startswith(("float", "bfloat16")):
             raise ValueError(f"site {name} is {dtype_name(x)}, expected floating-point numbers such as bfloat16")
         if tuple(x.shape[-1:]) != (site.d,):
@@ -42,7 +42,8 @@ def provenance_column(name: str, values: Any, leading: tuple[int, ...]) -> NDArr
     n = math.prod(leading)
     if values is None:
         return np.broadcast_to(np.int32(NO_PROVENANCE), n)
-    column = values.detach().cpu().numpy() if _is_tensor(values) else np.asarray(values)
+    column = _plain(name, values)
+    column = column.cpu().numpy() if _is_tensor(column) else column
     if column.shape not in ((n,), leading):
         raise ValueError(f"{name} has shape {list(column.shape)}, expected [{n}], one whole number a row")
     if n and column.dtype.kind not in "iu":
@@ -66,6 +67,13 @@ def converted(x: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
 def dtype_name(x: Any) -> str:
     """Name of the data type of a tensor or an array, such as bfloat16."""
     return str(x.dtype).removeprefix("torch.") if _is_tensor(x) else x.dtype.name
+
+
+def _plain(what: str, x: Any) -> Any:
+    """A tensor without its history, or an array."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(f"{what} is a masked array, whose mask can't be stored; append the rows without masked values")
+    return x.detach() if _is_tensor(x) else np.asarray(x)
 
 
 def _is_tensor(x: Any) -> bool:
