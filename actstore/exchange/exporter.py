@@ -12,15 +12,16 @@ next one replaces.
 """
 
 import json
+import math
 import mmap
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +31,10 @@ from numpy.typing import NDArray
 from actstore import keyed
 from actstore.errors import StoreError
 from actstore.progress import Progress
-from actstore.store.format.spec import FLOATS, PROVENANCE_ARRAYS
+from actstore.store.format.spec import FLOATS, PROVENANCE_ARRAYS, arrays
 from actstore.store.read.store import Store, open_store
 from actstore.store.read.values import Values
+from actstore.store.storage import LocalStorage
 
 Format = Literal["safetensors", "npy", "parquet"]
 FORMATS: tuple[Format, ...] = ("safetensors", "npy", "parquet")
@@ -86,14 +88,16 @@ def export(
         store.check_site(name)
     if not names or ROW in names:
         raise ValueError(f"sites are {names}, expected one or more, none of them called {ROW!r}")
-    wanted = _sample(store, sample, seed) if sample is not None else _range(store, rows)
+    count, wanted = _sample(store, sample, seed) if sample is not None else _range(store, rows)
+    if isinstance(store.storage, LocalStorage) and out.resolve().is_relative_to(store.storage.root.resolve()):
+        raise ValueError(f"{out} lies in the store; choose another --out")
     if out.exists():
         raise StoreError(f"{out} exists already; delete it or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     _clear(partial, store)
     try:
-        _WRITERS[chosen](_Export(store, names, wanted, chosen, progress or Progress()), partial)
+        _WRITERS[chosen](_Export(store, names, count, wanted, chosen, progress or Progress()), partial)
         size = sum(p.stat().st_size for p in (partial.iterdir() if partial.is_dir() else [partial]))
         partial.rename(out)
     except BaseException:  # KeyboardInterrupt too
@@ -101,7 +105,7 @@ def export(
         raise
     return ExportSummary(
         format=chosen,
-        rows=wanted.count,
+        rows=count,
         sites=names,
         bytes=size,
         fingerprint=store.fingerprint,
@@ -129,7 +133,7 @@ def _clear(partial: Path, store: Store) -> None:
     if partial.is_symlink() or not partial.is_dir():
         partial.unlink(missing_ok=True)
         return
-    known = {f"{name}.npy" for name in (ROW, *store.index.arrays)} | {_ABOUT}
+    known = {f"{name}.npy" for name in (ROW, *arrays(store.spec))} | {_ABOUT}
     if foreign := {p.name for p in partial.iterdir()} - known:
         raise StoreError(f"{partial} holds {min(foreign)}, which is not of this store; delete it or choose another out")
     for p in partial.iterdir():
@@ -137,49 +141,8 @@ def _clear(partial: Path, store: Store) -> None:
     partial.rmdir()
 
 
-class _Wanted(Protocol):
-    """Which rows: how many, and by bucket."""
-
-    count: int
-
-    def parts(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Place in the index of each bucket with wanted rows, and those rows, ascending."""
-        ...
-
-
-class _Range:
-    """All rows from one to another; made by `_range`."""
-
-    def __init__(self, store: Store, start: int, stop: int) -> None:
-        self._store, self._start, self._stop = store, start, stop
-        self.count = sum(len(rows) for _, rows in self.parts())
-
-    def parts(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        size = self._store.spec.bucket_rows
-        for bucket in range(self._start // size, -(-self._stop // size)):
-            place = self._store.index.place(bucket)
-            assert place is not None
-            first, end = self._store.spec.bucket_range(bucket)
-            if max(self._start, first) < min(self._stop, end):
-                yield place, np.arange(max(self._start, first), min(self._stop, end))
-
-
-class _Sample:
-    """Rows by number; made by `_sample`."""
-
-    def __init__(self, store: Store, rows: NDArray[np.int64]) -> None:
-        self.count = len(rows)
-        self._store, self._rows = store, rows
-
-    def parts(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        buckets, first = np.unique(self._rows // self._store.spec.bucket_rows, return_index=True)
-        for bucket, rows in zip(buckets.tolist(), np.split(self._rows, first[1:]), strict=True):
-            place = self._store.index.place(bucket)
-            assert place is not None
-            yield place, rows
-
-
-def _range(store: Store, rows: tuple[int, int] | None) -> _Wanted:
+def _range(store: Store, rows: tuple[int, int] | None) -> tuple[int, Iterator[NDArray[np.int64]]]:
+    """How many rows a range has, and their numbers, bucket by bucket."""
     start, stop = rows or (0, store.spec.rows)
     if not 0 <= start < stop <= store.spec.rows:
         raise ValueError(f"rows are {start}:{stop}, expected a range within 0:{store.spec.rows}")
@@ -190,33 +153,67 @@ def _range(store: Store, rows: tuple[int, int] | None) -> _Wanted:
     if missing * size < stop:
         there = f"; rows {start}:{missing * size} are there" if missing * size > start else ""
         raise StoreError(f"{store.url}: bucket {missing} (rows from {missing * size}) is not committed yet{there}")
-    return _Range(store, start, stop)
+    buckets = np.arange(start // size, -(-stop // size))
+    ends = np.minimum(stop, buckets * size + store.spec.bucket_sizes(buckets))
+    starts = np.minimum(np.maximum(start, buckets * size), ends)  # a short bucket may end before the range begins
+    count = int((ends - starts).sum())
+    if not count:
+        raise ValueError(
+            f"rows {start}:{stop} hold no row: an extension begins with a new bucket, the last one was short"
+        )
+    return count, (np.arange(*bounds) for bounds in zip(starts, ends, strict=True))
 
 
-def _sample(store: Store, count: int, seed: int) -> _Wanted:
+def _sample(store: Store, count: int, seed: int) -> tuple[int, Iterator[NDArray[np.int64]]]:
+    """How many rows a sample has, and their numbers, bucket by bucket."""
+    if not store.rows:
+        raise StoreError(f"{store.url}: no bucket is committed yet, so there are no rows to draw from")
     if not 0 < count <= store.rows:
         raise ValueError(f"sample is {count}, expected 1 to {store.rows}, the committed rows")
     # the start of a keyed permutation of the committed rows
     drawn = np.sort(keyed.permute(np.arange(count), store.rows, keyed.key(seed, "export")))
     ends = np.cumsum(store.spec.bucket_sizes(store.index.buckets))
     place = np.searchsorted(ends, drawn, side="right")
-    before = np.concatenate([[0], ends])[place]
-    return _Sample(store, store.index.buckets[place] * store.spec.bucket_rows + drawn - before)
+    rows = store.index.buckets[place] * store.spec.bucket_rows + drawn - np.concatenate([[0], ends])[place]
+    return count, iter(np.split(rows, np.flatnonzero(np.diff(place)) + 1))
 
 
 class _Export:
-    """What the three formats share: the columns, and how a bucket's rows get to their places."""
+    """What the three formats share: the columns, and how rows get to their places in them."""
 
-    def __init__(self, store: Store, sites: list[str], wanted: _Wanted, chosen: Format, progress: Progress) -> None:
-        self.store, self.wanted = store, wanted
+    def __init__(
+        self,
+        store: Store,
+        sites: list[str],
+        count: int,
+        wanted: Iterator[NDArray[np.int64]],
+        chosen: Format,
+        progress: Progress,
+    ) -> None:
+        self.store, self.count, self.wanted = store, count, wanted
         exact = None if chosen == "safetensors" else FLOATS
         self.values = {name: Values(store, name, exact) for name in sites}
         self.values |= {name: Values(store, name) for name in PROVENANCE_ARRAYS}
         self.columns: _Columns = {ROW: (np.dtype("<i8"), ())} | {
-            name: (v.dtype, store.index.arrays[name].array.shape[1:]) for name, v in self.values.items()
+            name: (v.dtype, arrays(store.spec)[name].shape[1:]) for name, v in self.values.items()
         }
-        self.row_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.columns.values())
-        self.step = progress.step("export", total=wanted.count * self.row_bytes, unit="B")
+        self.row_bytes = sum(map(self.width, self.columns))
+        self.step = progress.step("export", total=count * self.row_bytes, unit="B")
+
+    def width(self, name: str) -> int:
+        """Bytes of a row of a column."""
+        dtype, shape = self.columns[name]
+        return dtype.itemsize * math.prod(shape)
+
+    def view(self, data: NDArray[np.uint8], names: Iterable[str], rows: int) -> dict[str, NDArray[Any]]:
+        """The columns [rows, ...] that lie one after another in `data`."""
+        out: dict[str, NDArray[Any]] = {}
+        at = 0
+        for name in names:
+            dtype, shape = self.columns[name]
+            end = at + rows * self.width(name)
+            out[name], at = data[at:end].view(dtype).reshape(rows, *shape), end
+        return out
 
     def about(self) -> dict[str, str]:
         """What the output says of the store, in strings."""
@@ -227,10 +224,13 @@ class _Export:
             "actstore_provenance": json.dumps(self.store.provenance, sort_keys=True),
         }
 
-    def fill(self, place: int, rows: NDArray[np.int64], out: dict[str, NDArray[Any]]) -> None:
-        """Put rows of the bucket at a row of the index into the columns [rows, ...] of `out`."""
-        bucket = int(self.store.index.buckets[place])
-        size = self.store.spec.chunk_rows
+    def fill(self, rows: NDArray[np.int64], out: dict[str, NDArray[Any]]) -> None:
+        """Put rows of one bucket into the columns [rows, ...] of `out`."""
+        if not len(rows):
+            return
+        size, bucket = self.store.spec.chunk_rows, int(rows[0]) // self.store.spec.bucket_rows
+        place = self.store.index.place(bucket)
+        assert place is not None
         stored = self.store.spec.permutation(bucket)[rows - bucket * self.store.spec.bucket_rows]
         order = np.argsort(stored)
         chunks, first = np.unique(stored[order] // size, return_index=True)
@@ -252,8 +252,8 @@ class _Export:
     def fill_all(self, out: dict[str, NDArray[Any]], maps: list[mmap.mmap]) -> None:
         """Put every wanted row into the columns of `out`, which lie in `maps`."""
         at = 0
-        for place, rows in self.wanted.parts():
-            self.fill(place, rows, {name: column[at : at + len(rows)] for name, column in out.items()})
+        for rows in self.wanted:
+            self.fill(rows, {name: column[at : at + len(rows)] for name, column in out.items()})
             at += len(rows)
             for m in maps:
                 m.madvise(mmap.MADV_DONTNEED)  # the file keeps its pages, this process lets go of them
@@ -267,15 +267,15 @@ def _mapped(file: Any, size: int) -> mmap.mmap:
 
 def _safetensors(export: _Export, partial: Path) -> None:
     """One file: the length of the header, the header, the tensors one after another."""
-    layout: list[tuple[str, int, int]] = []
     header: dict[str, Any] = {"__metadata__": export.about()}
     end = 0
     # the widest first, as the library does it, so that every tensor is aligned
-    for name, (dtype, shape) in sorted(export.columns.items(), key=lambda c: -c[1][0].itemsize):
-        start, end = end, end + export.wanted.count * dtype.itemsize * int(np.prod(shape))
-        kind, full = _SAFETENSORS_DTYPES[dtype.str], [export.wanted.count, *shape]
+    names = sorted(export.columns, key=lambda name: -export.columns[name][0].itemsize)
+    for name in names:
+        dtype, shape = export.columns[name]
+        start, end = end, end + export.count * export.width(name)
+        kind, full = _SAFETENSORS_DTYPES[dtype.str], [export.count, *shape]
         header[name] = {"dtype": kind, "shape": full, "data_offsets": [start, end]}
-        layout.append((name, start, end))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with partial.open("w+b") as f:
@@ -283,11 +283,7 @@ def _safetensors(export: _Export, partial: Path) -> None:
         f.flush()
         mapped = _mapped(f, 8 + len(text) + end)
         data = np.frombuffer(mapped, np.uint8, offset=8 + len(text))
-        out: dict[str, NDArray[Any]] = {}
-        for name, start, stop in layout:
-            dtype, shape = export.columns[name]
-            out[name] = data[start:stop].view(dtype).reshape(-1, *shape)
-        export.fill_all(out, [mapped])
+        export.fill_all(export.view(data, names, export.count), [mapped])
 
 
 def _npy(export: _Export, partial: Path) -> None:
@@ -296,12 +292,12 @@ def _npy(export: _Export, partial: Path) -> None:
     out: dict[str, NDArray[Any]] = {}
     maps: list[mmap.mmap] = []
     for name, (dtype, shape) in export.columns.items():
-        full = (export.wanted.count, *shape)
+        full = (export.count, *shape)
         with (partial / f"{name}.npy").open("w+b") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": dtype.str, "fortran_order": False, "shape": full})
             f.flush()
-            start, size = f.tell(), export.wanted.count * dtype.itemsize * int(np.prod(shape))
-            maps.append(_mapped(f, start + size))
+            start = f.tell()
+            maps.append(_mapped(f, start + export.count * export.width(name)))
             out[name] = np.frombuffer(maps[-1], dtype, offset=start).reshape(full)
     export.fill_all(out, maps)
     (partial / _ABOUT).write_text(json.dumps(export.about(), indent=1) + "\n")
@@ -316,35 +312,27 @@ def _parquet(export: _Export, partial: Path) -> None:
     ]
     schema = pa.schema(fields, metadata=export.about())
     with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=False) as writer:
-        for place, rows in export.wanted.parts():
-            _parquet_bucket(export, place, rows, writer, partial.parent)
+        for rows in filter(len, export.wanted):
+            with tempfile.TemporaryFile(dir=partial.parent) as scratch:
+                _parquet_bucket(export, rows, _mapped(scratch, len(rows) * export.row_bytes), writer)
 
 
-def _parquet_bucket(
-    export: _Export, place: int, rows: NDArray[np.int64], writer: pq.ParquetWriter, folder: Path
-) -> None:
+def _parquet_bucket(export: _Export, rows: NDArray[np.int64], scratch: mmap.mmap, writer: pq.ParquetWriter) -> None:
+    out = export.view(np.frombuffer(scratch, np.uint8), export.columns, len(rows))
+    export.fill(rows, out)
     block = max(1, _BLOCK_BYTES // export.row_bytes)
-    with tempfile.TemporaryFile(dir=folder) as scratch:
-        data = np.frombuffer(_mapped(scratch, len(rows) * export.row_bytes), np.uint8)
-        out: dict[str, NDArray[Any]] = {}
-        at = 0
-        for name, (dtype, shape) in export.columns.items():
-            size = len(rows) * dtype.itemsize * int(np.prod(shape))
-            out[name] = data[at : at + size].view(dtype).reshape(-1, *shape)
-            at += size
-        export.fill(place, rows, out)
-        for start in range(0, len(rows), block):
-            part = {name: column[start : start + block] for name, column in out.items()}
-            writer.write_table(_table(part, writer.schema))
+    for start in range(0, len(rows), block):
+        part = {name: column[start : start + block] for name, column in out.items()}
+        writer.write_table(_table(part, writer.schema))
 
 
 def _table(columns: dict[str, NDArray[Any]], schema: pa.Schema) -> pa.Table:
-    arrays: list[Any] = []
+    made: list[Any] = []
     for field in schema:
         column = columns[field.name]
         flat = pa.array(column.reshape(-1))
-        arrays.append(flat if column.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, type=field.type))
-    return pa.Table.from_arrays(arrays, schema=schema)
+        made.append(flat if column.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+    return pa.Table.from_arrays(made, schema=schema)
 
 
 _WRITERS = {"safetensors": _safetensors, "npy": _npy, "parquet": _parquet}

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from actstore.errors import StoreError
 from actstore.progress import Progress
 from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
+from actstore.store.read.store import open_store
 from actstore.store.write.append import create
 
 Format = Literal["auto", "numpy", "safetensors", "saelens", "activault"]
@@ -65,17 +66,12 @@ class ImportSummary:
     rows: int
     rows_imported: int
     """By this run; the others were there already."""
+    nonfinite: int
+    """Rows with NaN or infinity in the store: the files', and those beyond the range of the encoding."""
+    saturated: int
+    """Values in the store that `fixed` has clipped."""
     d: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _File:
-    """What the headers of a file say."""
-
-    path: Path
-    rows: int
-    sequences: int
 
 
 @dataclass(frozen=True)
@@ -104,9 +100,9 @@ class _Piece:
                 raise ValueError(f"token ids are {dtype}{list(shape)}, expected int32{list(self.shape[:-1])}")
 
     @property
-    def rows(self) -> int:
-        """Number of activation vectors."""
-        return math.prod(self.shape[:-1])
+    def counts(self) -> tuple[int, int]:
+        """Number of rows and of sequences."""
+        return math.prod(self.shape[:-1]), self.shape[0] if self.by_sequence else 0
 
     def blocks(self, start: int, first_sequence: int) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The rows from `start` on, [n, d] at a time, with their provenance."""
@@ -148,8 +144,8 @@ def import_activations(
     """
     began, progress = time.monotonic(), progress or Progress()
     paths, found = _expand([Path(s) for s in sources], format)
-    files, d = _count(paths, found, tensor, progress)
-    rows = sum(f.rows for f in files)
+    counts, d = _count(paths, found, tensor, progress)
+    rows = sum(n for n, _ in counts)
     with create(
         out,
         sites={site: d},
@@ -165,15 +161,24 @@ def import_activations(
         there = writer.next_row
         step.skip(there)
         first_row = first_sequence = 0
-        for file in files:
-            if first_row + file.rows > writer.next_row:
-                for x, provenance in _read(file.path, found, tensor, writer.next_row - first_row, first_sequence):
+        for path, (count, sequences) in zip(paths, counts, strict=True):
+            if first_row + count > writer.next_row:
+                for x, provenance in _read(path, found, tensor, writer.next_row - first_row, first_sequence):
                     writer.append({site: x}, **provenance)
                     step.advance(len(x))
-            first_row += file.rows
-            first_sequence += file.sequences
-    seconds = time.monotonic() - began
-    return ImportSummary(format=found, files=len(files), rows=rows, rows_imported=rows - there, d=d, seconds=seconds)
+            first_row += count
+            first_sequence += sequences
+    sums = open_store(out).index.stats[site]
+    return ImportSummary(
+        format=found,
+        files=len(paths),
+        rows=rows,
+        rows_imported=rows - there,
+        nonfinite=sums.nonfinite,
+        saturated=sums.saturated,
+        d=d,
+        seconds=time.monotonic() - began,
+    )
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -192,10 +197,13 @@ def _expand(sources: list[Path], wanted: Format) -> tuple[list[Path], Format]:
     for source in sources:
         if not source.exists():
             raise StoreError(f"{source}: no such file or directory; files on object storage have to be copied here")
+        if not (source.is_file() or source.is_dir()):
+            raise StoreError(f"{source}: is no regular file; expected files and directories")
         files += _inside(source, wanted) if source.is_dir() else [source]
     files = sorted(dict.fromkeys(files), key=_natural)
     if not files:
-        raise StoreError(f"no files to import in {', '.join(map(str, sources))}; known are {', '.join(SUFFIXES)}")
+        where = ", ".join(map(str, sources)) or "no files and directories"
+        raise StoreError(f"no files to import in {where}; known are {', '.join(SUFFIXES)}")
     if wanted != "auto":
         return files, wanted
     first = SUFFIXES.get(files[0].suffix, "auto")
@@ -245,10 +253,12 @@ def _naming(path: Path, expected: str) -> Generator[None]:
         raise StoreError(f"{path}: {what}; expected {expected}") from e
 
 
-def _count(paths: list[Path], found: Format, tensor: str | None, progress: Progress) -> tuple[list[_File], int]:
-    """What the headers say, and the one width of all rows."""
+def _count(
+    paths: list[Path], found: Format, tensor: str | None, progress: Progress
+) -> tuple[list[tuple[int, int]], int]:
+    """Rows and sequences of each file, as the headers say, and the one width of all rows."""
     step = progress.step("count", total=len(paths), unit="files")
-    files: list[_File] = []
+    counts: list[tuple[int, int]] = []
     d = 0
     for path in paths:
         rows = sequences = 0
@@ -257,13 +267,12 @@ def _count(paths: list[Path], found: Format, tensor: str | None, progress: Progr
                 piece.check()
                 if piece.shape[-1] != (d := d or piece.shape[-1]):
                     raise ValueError(f"rows have {piece.shape[-1]} values, those before have {d}; import them apart")
-                rows += piece.rows
-                sequences += piece.shape[0] if piece.by_sequence else 0
-        files.append(_File(path, rows, sequences))
+                rows, sequences = rows + piece.counts[0], sequences + piece.counts[1]
+        counts.append((rows, sequences))
         step.advance(1)
-    if not sum(f.rows for f in files):
-        raise StoreError(f"{paths[0]}: no rows in {len(files)} files; expected {EXPECTED[found]}")
-    return files, d
+    if not any(rows for rows, _ in counts):
+        raise StoreError(f"{paths[0]}: no rows in {len(paths)} files; expected {EXPECTED[found]}")
+    return counts, d
 
 
 def _read(
@@ -274,8 +283,8 @@ def _read(
         for piece in _PIECES[found](path, tensor):
             piece.check()
             yield from piece.blocks(max(0, start), first_sequence)
-            start -= piece.rows
-            first_sequence += piece.shape[0] if piece.by_sequence else 0
+            rows, sequences = piece.counts
+            start, first_sequence = start - rows, first_sequence + sequences
 
 
 def _choose(names: Iterable[str], wanted: str | None) -> str:
@@ -283,8 +292,9 @@ def _choose(names: Iterable[str], wanted: str | None) -> str:
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted not in names:
-        found = ", ".join(sorted(names)[:20]) or "none that fits"
-        raise ValueError(f"it has the tensors {found}; name one of them with --tensor")
+        if not names:
+            raise ValueError("it has no tensor that fits")
+        raise ValueError(f"it has the tensors {', '.join(sorted(names)[:20])}; name one of them with --tensor")
     assert wanted
     return wanted
 

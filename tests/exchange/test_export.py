@@ -332,11 +332,19 @@ def test_the_command(stored: Known, tmp_path: Path) -> None:
     assert np.array_equal(*(np.load(path / "row.npy") for path in drawn))
     for more, code, words in (
         (["--out", str(out)], 1, "exists already"),
+        (["--out", f"{stored.url}/mlp_out.3/x.npy"], 2, "lies in the store; choose another --out"),
         (["--out", str(tmp_path / "o.txt")], 2, "does not say the format"),
         (["--out", str(tmp_path / "x.npy"), "--rows", "5"], 2, "expected START:STOP"),
         (["--out", str(tmp_path / "x.npy"), "--sites", "nope"], 2, "it has mlp_out.3, resid_post.3"),
     ):
         assert words in run_actstore("export", stored.url, *more, code=code).stderr
+
+
+def test_a_store_without_rows_has_no_sample(tmp_path: Path) -> None:
+    create_store(tmp_path / "s", SPEC)
+    for options in ({"sample": 1}, {"rows": (0, 1)}, {}):
+        with pytest.raises(StoreError, match="committed yet"):
+            export(tmp_path / "s", tmp_path / "o.npy", **options)
 
 
 _MEASURE = """

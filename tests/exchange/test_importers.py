@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,27 @@ def test_interrupted_imports_continue_without_reading_what_is_there(
     clear_memory("memory://imported")
 
 
+def test_rows_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(100, 6))
+    x[3, 1], x[70, 2], x[71] = np.nan, np.inf, 1e300
+    np.save(tmp_path / "a.npy", x)
+    small = ["--bucket-rows", "64", "--shard-rows", "32", "--chunk-rows", "16"]
+    args = ["import", str(tmp_path / "a.npy"), "--out", str(tmp_path / "s"), "--site", "a.3", *small]
+    run_actstore(*args, "--json", str(tmp_path / "i.json"))
+    figures = json.loads((tmp_path / "i.json").read_text())
+    assert (figures["nonfinite"], figures["saturated"]) == (3, 0)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device read without end."""
+    os.mkfifo(tmp_path / "a.npy")
+    for path in (tmp_path / "a.npy", Path("/dev/zero")):
+        with pytest.raises(StoreError, match="is no regular file"):
+            bring_in(path, format="numpy")
+    with pytest.raises(StoreError, match="no files to import in no files and directories"):
+        bring_in()
+
+
 def test_another_source_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", normal(10, 6))
     url = f"memory://imported/{next(numbers)}"
@@ -293,7 +315,7 @@ def lying(root: Path) -> dict[str, tuple[Path, str]]:
         "header.npz": "its header stands for 776",
         "ragged.arrow": r"lists in a column are \[1, 2\] long",
         "nulls.arrow": "no nulls",
-        "flat.arrow": "none that fits",
+        "flat.arrow": "no tensor that fits",
     }
     assert {p.name for p in root.iterdir()} == set(messages)
     return {name: (root / name, message) for name, message in messages.items()}

@@ -239,7 +239,7 @@ def test_errors_of_the_background_thread_surface(url: str, monkeypatch: pytest.M
         with pytest.raises(KeyError) as e, actstore.create(url, rows=200, **SETTINGS) as w:
             w.append(part_of(x, 0, 64))
             raise KeyError
-        assert "bucket 0 failed too" in e.value.__notes__[0]
+        assert "the full bucket before it failed too: ZeroDivisionError" in e.value.__notes__[0]
     with actstore.create(url, rows=200, **SETTINGS) as w:
         feed(w, x, [])
     same_values(url, x, ml_dtypes.bfloat16)
@@ -304,9 +304,11 @@ GOOD: dict[str, Any] = {"resid_post.3": np.zeros((4, 5)), "mlp_out.3": np.zeros(
         ({"mlp_out.3": np.zeros((4, 3), np.bool_)}, {}, "is bool, expected floating-point"),
         ({"mlp_out.3": np.zeros((4, 3), np.complex64)}, {}, "is complex64, expected floating-point"),
         ({"mlp_out.3": torch.zeros(4, 3, dtype=torch.int64)}, {}, "is int64, expected floating-point"),
+        ({"mlp_out.3": np.ma.masked_array(np.zeros((4, 3)), mask=True)}, {}, r"site mlp_out\.3 is a masked array"),
+        ({}, {"token_id": np.ma.masked_array(range(4), mask=True)}, "token_id is a masked array"),
         ({"mlp_out.3": np.zeros((4, 4))}, {}, r"has shape \[4, 4\], expected \[n, 3\]"),
         ({"mlp_out.3": np.float32(1)}, {}, r"has shape \[\], expected \[n, 3\]"),
-        ({"mlp_out.3": np.zeros((5, 3))}, {}, "rows by site are .* equally many"),
+        ({"mlp_out.3": np.zeros((5, 3))}, {}, "leading dimensions by site are .* expected the same"),
         ({"resid_post.9": np.zeros((4, 5))}, {}, "sites are .* the store has .*; append all of them"),
         ({}, {"token_id": np.zeros(4)}, "token_id is float64, expected whole numbers"),
         ({}, {"token_id": np.zeros(4, np.bool_)}, "token_id is bool"),

@@ -1,5 +1,6 @@
 """Copies: identical objects, or the same values in another form; whatever interrupts them; and moves."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -11,8 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from commands import run_actstore
 from conftest import SPEC, Known, clear_memory, write_known, write_rows
 
+import actstore
 from actstore.errors import IntegrityError, MismatchError, StoreError
 from actstore.store import SiteSpec, Storage, StoreSpec, create_store, open_storage, open_store
 from actstore.store.format import fixed
@@ -24,6 +27,7 @@ from actstore.store.read.values import BucketRows, Values
 from actstore.store.storage import LocalStorage
 from actstore.store.storage.local import LOCK
 
+SMALLEST: dict[str, Any] = {"bucket_rows": 256, "shard_rows": 128, "chunk_rows": 64, "threads": 1}
 NORMAL = replace(SPEC, sites={"a.0": SiteSpec(d=5), "b": SiteSpec(d=9)})
 
 
@@ -166,6 +170,25 @@ def test_encodings_there_and_on(tmp_path: Path) -> None:
     assert origin["fingerprint"] == open_store(tmp_path / "f32").fingerprint
     assert origin["encoding"] == {"a.0": "f32", "b": "f32"}
     assert origin["copied_from"]["fingerprint"] == open_store(tmp_path / "bf16").fingerprint
+
+
+def test_rows_beyond_the_range_of_another_encoding_are_counted(tmp_path: Path) -> None:
+    """float32 above the largest bfloat16 rounds to infinity; what `fixed` clips is summed over the store."""
+    x = np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32)
+    x[[5, 300]] = 3.4e38
+    with actstore.create(tmp_path / "s", sites={"a": 4}, encoding="f32", **SMALLEST) as w:
+        w.append({"a": x})
+    assert copy(tmp_path / "s", tmp_path / "same").nonfinite == 0
+    told = tmp_path / "c.json"
+    done = run_actstore("cp", str(tmp_path / "s"), str(tmp_path / "c"), "--encoding", "bf16", "--json", str(told))
+    assert json.loads(told.read_text())["nonfinite"] == 2
+    assert "nonfinite" in done.stdout
+    x[[5, 300]] = 0
+    x[300:] *= 1.2
+    with actstore.create(tmp_path / "t", sites={"a": 4}, encoding="fixed:0.0001", **SMALLEST) as w:
+        w.append({"a": x})
+    clipped = open_store(tmp_path / "t").stats("a").saturated
+    assert copy(tmp_path / "t", tmp_path / "u", codec="none").saturated == clipped
 
 
 def test_every_bit_pattern_survives_widening_and_back(known: Known, tmp_path: Path) -> None:

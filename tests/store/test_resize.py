@@ -115,6 +115,9 @@ def test_twice_extended_streamed_exported_copied_and_cleaned(tmp_path):
     assert np.array_equal((exact.view(np.uint32) >> 16).astype(np.uint16), expected)
     export(url, tmp_path / "some.npy", sites=["resid_post.3"], rows=(990, 1030), format="npy")
     assert np.load(tmp_path / "some.npy" / "row.npy").tolist() == [*range(990, 1000), *range(1024, 1030)]
+    with pytest.raises(ValueError, match="rows 1000:1024 hold no row"):  # places behind a short bucket
+        export(url, tmp_path / "none.npy", rows=(1000, 1024))
+    assert not (tmp_path / "none.npy").exists()
     export(url, tmp_path / "sample.npy", sites=["resid_post.3"], sample=1700, format="npy")
     assert np.load(tmp_path / "sample.npy" / "row.npy").tolist() == numbers
 

@@ -58,15 +58,14 @@ def test_of_two_writers_one_fails_and_says_that_its_rows_are_not_stored(tmp_path
 
 def test_a_bucket_that_was_taken_over_is_not_called_committed(tmp_path: Path) -> None:
     w = actstore.create(tmp_path / "s", sites={SITE: 8}, **SMALL)
-    commit = type(w._writer)._write_shards
+    check = type(w._writer)._check_clipping
 
-    def overtaken(self: Any, bucket: int, *args: Any) -> Any:
-        found = commit(self, bucket, *args)
+    def overtaken(self: Any, bucket: int, sums: Any) -> None:
+        check(self, bucket, sums)
         assert isinstance(begin(open_storage(tmp_path / "s"), bucket), Attempt)  # and dies
-        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(w._writer), "_write_shards", overtaken)
+        patch.setattr(type(w._writer), "_check_clipping", overtaken)
         w.append({SITE: rows(512)})
         with pytest.raises(StoreError, match="bucket 0 was taken over by another writer"):
             w.close()
@@ -96,15 +95,57 @@ def test_threads_and_forks_are_refused(tmp_path: Path) -> None:
     assert open_store(tmp_path / "s").rows == 10
 
 
-def test_a_writer_that_is_never_closed_keeps_full_buckets_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", ["w = fed()", "fed()"], ids=["held", "dropped"])
+def test_a_writer_that_is_never_closed_keeps_full_buckets_and_says_so(tmp_path: Path, last: str) -> None:
     code = f"""
 import numpy as np, actstore
-w = actstore.create({str(tmp_path / "s")!r}, sites={{"a": 8}}, encoding="f32", **{SIZES})
-w.append({{"a": np.ones((1500, 8), np.float32)}})
+def fed():
+    w = actstore.create({str(tmp_path / "s")!r}, sites={{"a": 8}}, encoding="f32", **{SIZES})
+    w.append({{"a": np.ones((1500, 8), np.float32)}})
+    return w
+actstore.create({str(tmp_path / "s")!r}, sites={{"a": 8}}, encoding="f32", **{SIZES})  # was given nothing
+{last}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "was never closed: the store is unfinished, 1024 rows are in full buckets, 476 are lost" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert open_store(tmp_path / "s").rows == 1024
+
+
+@pytest.mark.parametrize("key", [f"{SITE}/zarr.json", f"{SITE}/c/0/0", "commits/notes.txt", "manifest/x", "tokens/ids"])
+def test_what_has_a_name_of_the_stores_is_not_written_over(tmp_path: Path, key: str) -> None:
+    """Whoever made it: without the store it could be of, it is somebody's."""
+    source, mine = make(tmp_path / "s"), tmp_path / "mine" / key
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    (tmp_path / "mine" / "notes.txt").write_text("no name of the store's")
+    assert f"{key} is there and of no store" in run_actstore("cp", source, str(tmp_path / "mine"), code=1).stderr
+    with pytest.raises(StoreError, match="delete it, or choose an empty place"):
+        make(tmp_path / "mine")
+    left = {p.relative_to(tmp_path / "mine").as_posix() for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    assert left == {key, "notes.txt"}
+    mine.unlink()
+    run_actstore("cp", source, str(tmp_path / "mine"))
+
+
+def test_a_store_that_lost_its_group_is_continued(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), actstore.create(tmp_path / "s", sites={SITE: 8}, rows=2048, **SMALL) as w:
+        w.append({SITE: rows(2048)[:1024]})
+        raise ZeroDivisionError
+    (tmp_path / "s" / "zarr.json").unlink()
+    with actstore.create(tmp_path / "s", sites={SITE: 8}, rows=2048, **SMALL) as w:
+        assert w.next_row == 1024
+        w.append({SITE: rows(2048)[1024:]})
+    with actstore.create(tmp_path / "whole", sites={SITE: 8}, rows=2048, **SMALL) as w:
+        w.append({SITE: rows(2048)})
+    assert open_store(tmp_path / "s").fingerprint == open_store(tmp_path / "whole").fingerprint
+
+
+def test_threads_are_one_or_more(tmp_path: Path) -> None:
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"threads is {threads}, expected 1 or more"):
+            actstore.create(tmp_path / "s", sites={SITE: 8}, threads=threads, **SMALL)
+    assert not (tmp_path / "s").exists()
 
 
 def test_sites_must_agree_in_their_leading_dimensions(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ nobody can be writing. It first marks the source as moved, which makes it unread
 last: an interrupted move leaves no store that looks whole, and the same call finishes it.
 """
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,29 +19,31 @@ from pathlib import Path
 import numpy as np
 from msgspec import structs
 
-from actstore.errors import IntegrityError, StoreError
+from actstore.errors import StoreError
 from actstore.progress import Progress
 from actstore.store.format import codec as codecs
-from actstore.store.format import fixed, record, shard
+from actstore.store.format import fixed, record
+from actstore.store.format.encoder import Encoded, chunks
+from actstore.store.format.shard import tail
 from actstore.store.format.spec import (
     GROUP_KEY,
     OPEN_ENDED,
     PROVENANCE_ARRAYS,
     RAW_DTYPES,
-    ArraySpec,
     SiteSpec,
     StoreSpec,
     arrays,
     calibration_key,
 )
 from actstore.store.maintain.move import move_away, moving, remove
+from actstore.store.maintain.shards import Shard, shards
 from actstore.store.read.index import read_record, read_spec
 from actstore.store.read.store import Store, open_store
 from actstore.store.read.values import BucketRows, Values
 from actstore.store.storage import LocalStorage, Storage, open_storage
 from actstore.store.write import protocol
-from actstore.store.write.bucket import StoreWriter, create_store
-from actstore.store.write.protocol import Attempt, NotWritten
+from actstore.store.write.bucket import Put, StoreWriter, create_store, write_shards
+from actstore.store.write.protocol import NotWritten
 
 _WORKERS = 4
 """Shards in flight."""
@@ -60,6 +63,10 @@ class CopySummary:
     """By this run."""
     bytes_copied: int
     """Read from the source by this run."""
+    nonfinite: int
+    """Rows with NaN or infinity at the destination, over all sites: its encoding may have a smaller range."""
+    saturated: int
+    """Values at the destination that `fixed` has clipped."""
     fingerprint: str
     """Of the destination."""
     moved: bool
@@ -110,6 +117,8 @@ def _summary(
         planned_buckets=None if copied.spec.rows == OPEN_ENDED else copied.spec.buckets,
         buckets_copied=buckets_copied,
         bytes_copied=bytes_copied,
+        nonfinite=sum(s.nonfinite for s in copied.index.stats.values()),
+        saturated=sum(s.saturated for s in copied.index.stats.values()),
         fingerprint=copied.fingerprint,
         moved=moved,
         left=left,
@@ -185,103 +194,87 @@ class _Copy:
     def __init__(self, source: Store, writer: StoreWriter, progress: Progress) -> None:
         self.source, self.writer, self.destination = source, writer, writer.storage
         self.same_encodings = source.sites == writer.spec.sites
-        self.arrays = arrays(writer.spec)
         self.tokens = source.storage.list(_TOKENS)
         total = source.stored_bytes + sum(self.tokens.values())
         self.step = progress.step("copy", total=total, unit="B")
-        self.done = 0
+        self.done, self.counting = 0, threading.Lock()
 
     def run(self) -> tuple[int, int]:
         """Copy; returns how many buckets and bytes this run copied."""
         self._calibrations()
         there, copied = self.writer.committed(), 0
-        for place, bucket in enumerate(self.source.index.buckets.tolist()):
-            if bucket in there:
-                self.step.skip(_bucket_bytes(self.source, place))
-            elif self.same_encodings:
-                copied += self._bucket(bucket)
-            else:
-                copied += self._encode(place, bucket)
+        buckets = self.source.index.buckets
+        skipped = int(self.source.spec.bucket_sizes(buckets[np.isin(buckets, list(there))]).sum())
+        self.step.skip(self.source.stored_bytes * skipped // max(self.source.rows, 1))
+        for place, bucket in enumerate(buckets.tolist()):
+            if bucket not in there:
+                copied += self._bucket(bucket) if self.same_encodings else self._encode(place, bucket)
+        self.step.skip(self.source.stored_bytes - self.step.done)  # what was there is known by its rows only
         self._tokens()
         self.writer.finalise()
         return copied, self.done
 
     def _advance(self, size: int) -> None:
-        self.done += size
-        self.step.advance(size)
+        with self.counting:
+            self.done += size
+            self.step.advance(size)
 
     def _calibrations(self) -> None:
         """Those of sites that stay in their encoding; of others from the statistics of all rows, not of a sample."""
         for site, made in self.writer.spec.sites.items():
-            if made.kind == "fixed" and made != self.source.sites[site] and self.source.rows:
-                sums = self.source.index.stats[site]
-                if not sums.nonfinite:  # else the writer names the row
-                    sample = BucketRows(self._values(site), self.source, site, 0)[: fixed.CALIBRATION_ROWS]
-                    calibration = fixed.calibrate(sums, made.eps, sample)
-                    self.destination.create(calibration_key(site), fixed.to_bytes(calibration))
-        for site, crc in self.source.index.calibration.items():
-            if self.writer.spec.sites[site] != self.source.sites[site]:
+            key = calibration_key(site)
+            if made.kind != "fixed" or not self.source.rows:
                 continue
-            key, d = calibration_key(site), self.source.sites[site].d
-            data = self.source.storage.get(key, 16 * d)
-            fixed.from_bytes(data, d, f"{self.source.url}/{key}")
-            if fixed.digest(data) != crc:
-                raise IntegrityError(f"{self.source.url}/{key}: is not the calibration that {site} was written with")
-            if not self.destination.create(key, data) and self.destination.get(key, 16 * d) != data:
-                raise StoreError(f"{self.destination.url}/{key} is another calibration; copy to an empty place")
+            if made == self.source.sites[site]:
+                data = fixed.to_bytes(self.source.calibration(site))
+                if not self.destination.create(key, data) and self.destination.get(key, len(data)) != data:
+                    raise StoreError(f"{self.destination.url}/{key} is another calibration; copy to an empty place")
+            elif self.destination.exists(key):
+                continue
+            elif not (sums := self.source.index.stats[site]).nonfinite:  # else the writer names the row
+                sample = BucketRows(self._values(site), self.source, site, 0)[: fixed.CALIBRATION_ROWS]
+                self.destination.create(key, fixed.to_bytes(fixed.calibrate(sums, made.eps, sample)))
 
     def _bucket(self, bucket: int) -> bool:
         """Copy shards one by one; False if another copy was at the bucket."""
         committed = read_record(self.source.storage, self.source.spec, bucket)
-        attempt = protocol.run(self.destination, protocol.begin(bucket, protocol.new_id()))
-        if isinstance(attempt, NotWritten):
-            return False
-        jobs = [
-            (name, i) for name in self.arrays for i in range(len(record.shard_chunks(self.arrays[name], committed)))
-        ]
+        jobs: dict[str, list[Shard]] = {name: [] for name in committed.arrays}
+        for shard in shards(self.source.spec, committed):
+            jobs[shard.array.name].append(shard)
 
-        def put(job: tuple[str, int]) -> tuple[int, record.Chunks]:
-            key, size, pieces, made = self._shard(*job, committed, attempt)
-            if not protocol.run(self.destination, protocol.put(attempt, key, pieces)):
-                raise _TakenOverError
-            return size, made
+        def describe(attempt: str, stored: dict[str, list[Encoded]]) -> record.CommitRecord:
+            arrays = {name: chunks(found) for name, found in stored.items()}
+            return structs.replace(committed, attempt=attempt, arrays=arrays)
 
-        made: dict[str, list[record.Chunks]] = {name: [] for name in self.arrays}
-        try:
-            with ThreadPoolExecutor(_WORKERS, thread_name_prefix="actstore-copy") as pool:
-                for (name, _), (size, one) in zip(jobs, pool.map(put, jobs), strict=True):
-                    made[name].append(one)
-                    self._advance(size)
-        except _TakenOverError:
-            return False
-        chunks = {name: _joined(found) for name, found in made.items()}
-        data = record.to_bytes(structs.replace(committed, attempt=attempt.id, arrays=chunks))
-        return protocol.run(self.destination, protocol.commit(attempt, data))
+        begin = protocol.begin(bucket, protocol.new_id())
+        made = write_shards(self.destination, begin, jobs, self._shard, describe, workers=_WORKERS)
+        return not isinstance(made, NotWritten)
 
-    def _shard(
-        self, name: str, i: int, committed: record.CommitRecord, attempt: Attempt
-    ) -> tuple[str, int, list[bytes | memoryview], record.Chunks]:
-        """Name, bytes at the source, and pieces of a checked shard in the destination's codec, with its chunks."""
-        store, array = self.source, self.source.index.arrays[name].array
-        expected = record.shard_chunks(array, committed)[i]
-        key = array.shard_key(committed.bucket * store.spec.bucket_rows // array.shard_rows + i)
-        size = int(expected.stored.sum(dtype=np.int64)) + shard.tail_bytes(array.chunks_per_shard)
-        pieces: list[bytes | memoryview] = []
-        pieces += _checked_chunks(store.storage.get_range(key, 0, size), expected, array, f"{store.url}/{key}")
-        if self.writer.spec.codec != array.codec:
-            pieces = _recode(pieces, expected, array, self.arrays[name], f"{store.url}/{key}")
-        made = record.Chunks(
-            stored=np.array(list(map(len, pieces)), np.uint32),
-            crc32c=np.array([int.from_bytes(p[-codecs.CRC_BYTES :], "little") for p in pieces], np.uint32),
-        )
-        tail = shard.tail(made.stored.tolist(), array.chunks_per_shard, attempt.id)
-        return key, size, [*pieces, tail], made
+    def _shard(self, _: str, shard: Shard, attempt: str, put: Put) -> Encoded:
+        """Check a shard, and put it in the destination's codec."""
+        data = memoryview(self.source.storage.get_range(shard.key, 0, shard.size))
+        old, new, pieces = shard.array, self.writer.spec.codec, list[bytes | memoryview]()
+        where, decoded = f"{self.source.url}/{shard.key}", np.empty(old.chunk_bytes, np.uint8)
+        for chunk, crc, what in shard.read(lambda at, size: data[at : at + size], where):
+            if new == old.codec:
+                codecs.check_chunk(chunk, new, old.chunk_bytes, what, committed=crc)
+                pieces.append(chunk)
+            else:
+                codecs.decode_into(chunk, old.codec, decoded, what, committed=crc)
+                elements = codecs.merge(decoded, old.codec, np.dtype(f"<u{old.dtype.itemsize}"))
+                pieces.append(codecs.encode(elements, new))
+        lengths = list(map(len, pieces))
+        crcs = [int.from_bytes(p[-codecs.CRC_BYTES :], "little") for p in pieces]
+        put(shard.key, [*pieces, tail(lengths, old.chunks_per_shard, attempt)])
+        self._advance(shard.size)
+        return Encoded(size=sum(lengths), lengths=lengths, crc32c=crcs, sums=None)
 
     def _encode(self, place: int, bucket: int) -> bool:
         """Write a bucket's values in other encodings; False if somebody else was at the bucket."""
-        rows = {name: BucketRows(self._values(name), self.source, name, place) for name in self.arrays}
+        names = arrays(self.source.spec)
+        rows = {name: BucketRows(self._values(name), self.source, name, place) for name in names}
         made = self.writer.write_arrays(bucket, rows)
-        self._advance(_bucket_bytes(self.source, place))
+        self._advance(read_record(self.source.storage, self.source.spec, bucket).stored_bytes(self.source.spec))
         return not isinstance(made, NotWritten)
 
     def _values(self, name: str) -> Values:
@@ -292,69 +285,20 @@ class _Copy:
 
     def _tokens(self) -> None:
         """Everything of the token table, its group last; what is there already must be the same."""
-        group = f"{_TOKENS}/{GROUP_KEY}"
-        there = self.destination.list(_TOKENS)
+        group, there = f"{_TOKENS}/{GROUP_KEY}", self.destination.list(_TOKENS)
+        missing = [key for key, size in self.tokens.items() if there.get(key) != size and key != group]
 
         def put(key: str) -> int:
-            size = self.tokens[key]
-            if there.get(key) != size or key == group:
-                data = self.source.storage.get(key)
-                if not self.destination.create(key, data) and (
-                    self.destination.size(key) != size or (key == group and self.destination.get(key) != data)
-                ):
-                    raise StoreError(f"{self.destination.url}/{key} is of another token table; copy to an empty place")
-            return size
+            data = self.source.storage.get(key)
+            if not self.destination.create(key, data) and (
+                self.destination.size(key) != len(data) or self.destination.get(key) != data
+            ):
+                raise StoreError(f"{self.destination.url}/{key} is of another token table; copy to an empty place")
+            return len(data)
 
         with ThreadPoolExecutor(_WORKERS, thread_name_prefix="actstore-copy") as pool:
-            for size in pool.map(put, [key for key in self.tokens if key != group]):
+            for size in pool.map(put, missing):
                 self._advance(size)
         if group in self.tokens:
+            self.step.skip(sum(self.tokens.values()) - sum(self.tokens[key] for key in (*missing, group)))
             self._advance(put(group))
-        there = self.destination.list(_TOKENS)
-        for key, size in self.tokens.items():
-            if there.get(key) != size:
-                raise StoreError(f"{self.destination.url}/{key} has {there.get(key)} bytes, expected {size}")
-
-
-def _joined(shards: list[record.Chunks]) -> record.Chunks:
-    stored, crcs = (np.concatenate([getattr(c, name) for c in shards]) for name in ("stored", "crc32c"))
-    return record.Chunks(stored=stored, crc32c=crcs)
-
-
-class _TakenOverError(Exception):
-    """Another copy has taken the bucket over."""
-
-
-def _bucket_bytes(store: Store, place: int) -> int:
-    """Stored bytes of a bucket."""
-    total = 0
-    for a in store.index.arrays.values():
-        shards = int(np.count_nonzero(a.chunks[place, :: a.array.chunks_per_shard]))
-        total += int(a.chunks[place].sum(dtype=np.int64)) + shards * shard.tail_bytes(a.array.chunks_per_shard)
-    return total
-
-
-def _checked_chunks(data: bytes | memoryview, expected: record.Chunks, array: ArraySpec, what: str) -> list[memoryview]:
-    """The chunks of a shard, each with the crc32c it was committed with; its index is checked too."""
-    view, chunks, offset = memoryview(data), list[memoryview](), 0
-    for length, crc in zip(expected.stored.tolist(), expected.crc32c.tolist(), strict=True):
-        chunk = view[offset : offset + length]
-        where = f"{what} chunk at byte {offset}"
-        codecs.check_crc(chunk[: -codecs.CRC_BYTES], chunk[-codecs.CRC_BYTES :], where, committed=crc)
-        chunks.append(chunk)
-        offset += length
-    shard.check_tail(bytes(view[offset:]), expected.stored.tolist(), array.chunks_per_shard, what)
-    return chunks
-
-
-def _recode(
-    chunks: list[bytes | memoryview], expected: record.Chunks, old: ArraySpec, new: ArraySpec, what: str
-) -> list[bytes | memoryview]:
-    """The same elements in another codec: each chunk as it is stored."""
-    decoded, pieces, offset = np.empty(old.chunk_bytes, np.uint8), list[bytes | memoryview](), 0
-    for chunk, crc in zip(chunks, expected.crc32c.tolist(), strict=True):
-        codecs.decode_into(chunk, old.codec, decoded, f"{what} chunk at byte {offset}", committed=crc)
-        elements = codecs.merge(decoded, old.codec, np.dtype(f"<u{old.dtype.itemsize}"))
-        pieces.append(codecs.encode(elements, new.codec))
-        offset += len(chunk)
-    return pieces

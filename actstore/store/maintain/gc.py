@@ -25,11 +25,19 @@ from pathlib import Path
 from actstore.store.format import manifest, record
 from actstore.store.format.sealed import METADATA_LIMIT
 from actstore.store.format.shard import tail, tail_bytes
-from actstore.store.format.spec import EVENTS, GROUP_KEY, ArraySpec, StoreSpec, arrays, calibration_key
+from actstore.store.format.spec import (
+    EVENTS,
+    GROUP_KEY,
+    ArraySpec,
+    StoreSpec,
+    arrays,
+    calibration_key,
+    metadata_objects,
+)
 from actstore.store.read.index import committed, read_head, read_part, read_spec
 from actstore.store.storage import LocalStorage, Storage, open_storage
 from actstore.store.write import protocol
-from actstore.store.write.protocol import Attempt
+from actstore.store.write.protocol import NotWritten
 
 PARTIAL_NAME = re.compile(r".+\.[0-9a-f]{16}\.partial")
 """What `LocalStorage` calls its partial files; no other file is deleted."""
@@ -70,8 +78,8 @@ class Names:
 
     def __init__(self, spec: StoreSpec) -> None:
         """Names in a store of this spec."""
-        self.spec = spec
         self._arrays = arrays(spec)
+        self._own = {GROUP_KEY, manifest.HEAD_KEY, *metadata_objects(spec), *map(calibration_key, spec.sites)}
 
     def shard(self, key: str) -> tuple[ArraySpec, int] | None:
         """Array and number of the shard of this name, within the rows or beyond; None for other names."""
@@ -88,14 +96,8 @@ class Names:
 
     def other(self, key: str) -> bool:
         """Whether the name is that of any other object of a store: metadata, commits, calibrations, tokens, logs."""
-        if key in (GROUP_KEY, manifest.HEAD_KEY) or key.startswith(("tokens/", f"{EVENTS}/")) or self.manifest(key):
-            return True
-        if key.startswith(f"{record.COMMITS}/"):
-            return record.bucket_of(key) is not None
-        owner = key.removeprefix("calibration/").removesuffix(f"/{GROUP_KEY}")
-        return any(key == calibration_key(s) for s in self.spec.sites) or (
-            key.endswith(f"/{GROUP_KEY}") and owner in self._arrays
-        )
+        logs_or_tokens = key.startswith(("tokens/", f"{EVENTS}/"))
+        return key in self._own or logs_or_tokens or self.manifest(key) or record.bucket_of(key) is not None
 
 
 def collect(url: str | Path, *, older_than: float = 24.0, delete: bool = False) -> Report:
@@ -113,7 +115,7 @@ def collect(url: str | Path, *, older_than: float = 24.0, delete: bool = False) 
     exist, names = set(committed(storage, spec).tolist()), Names(spec)
     if head is not None:  # also where their records are damaged
         exist |= set(range(head.spec.buckets))
-    leftovers: dict[int, dict[str, int]] = defaultdict(dict)
+    leftovers: dict[int, dict[str, tuple[int, int]]] = defaultdict(dict)
     tables: dict[str, int] = {}
     for key, size in storage.list("").items():
         found = names.shard(key)
@@ -121,14 +123,14 @@ def collect(url: str | Path, *, older_than: float = 24.0, delete: bool = False) 
             array, number = found
             bucket = number * array.shard_rows // spec.bucket_rows
             if bucket not in exist and size != tail_bytes(array.chunks_per_shard):
-                leftovers[bucket][key] = size
+                leftovers[bucket][key] = size, array.chunks_per_shard
         elif names.manifest(key):
             tables[key] = size
         elif not names.other(key):
             report.unknown[key] = size
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="actstore-gc") as pool:
-        made = [_Bucket(storage, names, bucket, shards) for bucket, shards in sorted(leftovers.items())]
-        for garbage, kept in pool.map(lambda b: b.collect(before, delete=delete), made):
+        jobs = [_Bucket(storage, spec, bucket, shards) for bucket, shards in sorted(leftovers.items())]
+        for garbage, kept in pool.map(lambda b: b.collect(before, delete=delete), jobs):
             report.garbage += garbage
             report.kept += kept
     report.garbage += _old_tables(storage, spec, head, tables, before, delete=delete)
@@ -142,45 +144,37 @@ class _Bucket:
     """A bucket that is not committed, with the shards that lie there."""
 
     storage: Storage
-    names: Names
+    spec: StoreSpec
     bucket: int
-    shards: Mapping[str, int]
+    shards: Mapping[str, tuple[int, int]]
+    """Size of each object, and chunks that it has room for."""
 
     def collect(self, before: float, *, delete: bool) -> tuple[list[Garbage], list[str]]:
         """What to free here, freed if `delete`, and the reason if something stays."""
-        seen = self.storage.stat(record.commit_key(self.bucket))
-        if seen is not None and seen.size > record.INTENT_BYTES:
-            return [], [f"bucket {self.bucket} was committed just now"]
-        if seen is not None:  # a damaged object is no intent: it may have been a record
-            data = self.storage.get(record.commit_key(self.bucket), METADATA_LIMIT)
+        key = record.commit_key(self.bucket)
+        seen = self.storage.stat(key)
+        if seen is not None:
+            data = self.storage.get(key, METADATA_LIMIT)
             if len(data) > record.INTENT_BYTES:
                 return [], [f"bucket {self.bucket} was committed just now"]
-            record.from_bytes(data, self.names.spec, self.bucket)
-        newest = seen.modified if seen else self._newest_shard()
+            record.from_bytes(data, self.spec, self.bucket)  # a damaged object is no intent: it may have been a record
+        dated = [seen] if seen else [self.storage.stat(shard) for shard in self.shards]
+        newest = max((s.modified for s in dated if s), default=0.0)
         if newest > before:
             return [], [f"bucket {self.bucket} was worked on {max(time.time() - newest, 0) / 3600:.2f} hours ago"]
-        beyond = self.bucket >= self.names.spec.buckets
+        beyond = self.bucket >= self.spec.buckets
         why = "beyond the store's rows" if beyond else f"of bucket {self.bucket}, which nobody committed"
-        garbage = [Garbage(key=k, size=size, why=why) for k, size in self.shards.items()]
+        garbage = [Garbage(key=shard, size=size, why=why) for shard, (size, _) in self.shards.items()]
         if not delete:
             return garbage, []
         steps = protocol.take_over(self.bucket, protocol.new_id("gc-"), seen.version if seen else None)
         attempt = protocol.run(self.storage, steps)
-        for i, g in enumerate(garbage):
-            if not (isinstance(attempt, Attempt) and self._empty(g.key, attempt)):
+        for i, (shard, (_, capacity)) in enumerate(self.shards.items()):
+            if isinstance(attempt, NotWritten) or not protocol.run(
+                self.storage, protocol.put_over(attempt, shard, tail((), capacity, attempt.id))
+            ):
                 return garbage[:i], [f"bucket {self.bucket} is being written"]
         return garbage, []
-
-    def _newest_shard(self) -> float:
-        found = [self.storage.stat(key) for key in self.shards]
-        return max((s.modified for s in found if s), default=0.0)
-
-    def _empty(self, key: str, attempt: Attempt) -> bool:
-        """Replace a leftover by an empty shard; False if another attempt is at the bucket."""
-        found = self.names.shard(key)
-        assert found
-        empty = tail((), found[0].chunks_per_shard, attempt.id)
-        return protocol.run(self.storage, protocol.put_over(attempt, key, empty)) is True
 
 
 def _old_tables(
@@ -196,9 +190,7 @@ def _old_tables(
     used: set[str] = set()
     if head is not None:
         used |= {manifest.part_key(head.spec, number) for number in range(manifest.num_parts(head.spec))}
-        used |= {
-            manifest.table_key(n, number, crc) for n, crcs in head.tables.items() for number, crc in enumerate(crcs)
-        }
+        used |= {manifest.table_key(n, i, crc) for n, crcs in head.tables.items() for i, crc in enumerate(crcs)}
     for number in range(manifest.num_parts(spec) if objects else 0):
         if (key := manifest.part_key(spec, number)) in objects and (part := read_part(storage, spec, number)):
             used |= {key, *(manifest.table_key(n, number, crc) for n, crc in part.tables.items())}

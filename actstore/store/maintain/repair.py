@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from actstore.errors import StoreError
 from actstore.store.format import encoder, manifest, record
+from actstore.store.format.record import CommitRecord
 from actstore.store.format.sealed import METADATA_LIMIT
-from actstore.store.format.spec import StoreSpec, arrays, metadata_objects
+from actstore.store.format.spec import StoreSpec, metadata_objects
 from actstore.store.maintain.gc import Names
+from actstore.store.maintain.shards import shards
 from actstore.store.maintain.verify import Damage
 from actstore.store.storage import Storage
 from actstore.store.write import protocol
@@ -46,8 +48,8 @@ def condemned(spec: StoreSpec, damage: list[Damage]) -> Condemned:
         if shard is not None:
             array, number = shard
             found.buckets.setdefault(number * array.shard_rows // spec.bucket_rows, []).append(d.key)
-        elif d.key.startswith(f"{record.COMMITS}/") and names.other(d.key):
-            found.buckets.setdefault(int(d.key.removeprefix(f"{record.COMMITS}/")[:-5]), []).append(d.key)
+        elif (bucket := record.bucket_of(d.key)) is not None:
+            found.buckets.setdefault(bucket, []).append(d.key)
         elif d.key in derived or names.manifest(d.key):
             found.derived.append(d.key)
         else:
@@ -82,29 +84,25 @@ def replace_shards(
     False, and nothing was put, if a shard is not what its commit record says, or the record is damaged or has another
     version by now. As in the commit protocol, a shard replaces only what was there while the record was.
     """
-    storage, key = writer.storage, record.commit_key(bucket)
-    shards = [(a, k) for k in keys for a in arrays(writer.spec).values() if k.startswith(f"{a.name}/c/")]
-    if len(shards) < len(keys) or version is None or commit_version(storage, bucket) != version:
+    storage = writer.storage
+    if version is None or commit_version(storage, bucket) != version:
         return False
     try:
-        content = storage.get(key, METADATA_LIMIT)
+        content = storage.get(record.commit_key(bucket), METADATA_LIMIT)
         seen = record.from_bytes(content, writer.spec, bucket)
     except StoreError:
         return False
-    if not isinstance(seen, record.CommitRecord):
+    damaged = [s for s in shards(writer.spec, seen) if s.key in keys] if isinstance(seen, CommitRecord) else []
+    if len(damaged) < len(keys):
         return False
     holder = Attempt(bucket, protocol.new_id(), version, content)
-    first, _ = writer.spec.bucket_range(bucket)
-    buffer = np.empty(max(encoder.buffer_bytes(a) for a, _ in shards), np.uint8)
+    buffer = np.empty(max(encoder.buffer_bytes(s.array) for s in damaged), np.uint8)
     for put in (False, True):
-        for array, name in shards:
-            within = int(name.split("/")[2]) - first // array.shard_rows
-            start = within * array.shard_rows
-            rows = data[array.name][start : start + array.shard_rows]
-            made = writer.encode(array, rows, bucket, start, buffer, holder.id)
-            expected = record.shard_chunks(array, seen)[within]
-            if (made.lengths, made.crc32c) != (expected.stored.tolist(), expected.crc32c.tolist()):
+        for s in damaged:
+            rows = data[s.array.name][s.start : s.start + s.array.shard_rows]
+            made = writer.encode(s.array, rows, bucket, s.start, buffer, holder.id)
+            if (made.lengths, made.crc32c) != (s.chunks.stored.tolist(), s.chunks.crc32c.tolist()):
                 return False
-            if put and not protocol.run(storage, protocol.put(holder, name, [buffer[: made.size].data])):
+            if put and not protocol.run(storage, protocol.put(holder, s.key, [buffer[: made.size].data])):
                 return False
     return True

@@ -4,7 +4,7 @@ Bits stay bits: bf16 is only ever widened, which is exact, `fixed` codes become 
 and float32 rounds to nearest even where bf16 is asked for.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,24 @@ class Values:
         if rows.dtype == BITS:
             return (rows.astype(np.uint32) << np.uint32(16)).view(FLOATS)
         return rows.astype(BFLOAT16).view(BITS)
+
+
+class Rows(Protocol):
+    """Rows of one array, in memory or elsewhere: what a bucket's writer needs of a numpy array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n, d] or [n]."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the elements."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        """A run of rows."""
+        ...
 
 
 class BucketRows:

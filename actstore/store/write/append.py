@@ -12,12 +12,12 @@ two buckets, `2 * bucket_rows * sum(d) * itemsize` bytes (2 for bf16, 4 for f32)
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
-import weakref
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -27,9 +27,7 @@ from numpy.typing import NDArray
 
 from actstore.errors import StoreError, warn
 from actstore.store.format import codec as codecs
-from actstore.store.format.bfloat16 import NATIVE as BFLOAT16
 from actstore.store.format.spec import (
-    BITS,
     FLOATS,
     GROUP_KEY,
     OPEN_ENDED,
@@ -42,12 +40,11 @@ from actstore.store.read.index import read_spec
 from actstore.store.storage import open_storage
 from actstore.store.write.bucket import StoreWriter, create_store, remarks
 from actstore.store.write.protocol import NotWritten
+from actstore.store.write.rows import converted, dtype_name, provenance_column, site_rows
 
-NO_PROVENANCE = -1
-"""Stored for `token_id`, `sequence` or `position` where none was given."""
 _BLOCK_ROWS = 1 << 13
 """Rows converted at a time: what bounds the temporary copies of an append."""
-_INT32 = np.iinfo(np.int32)
+_HOW_TO_GO_ON = "committed buckets stay, and the same command continues from the next_row of a new writer"
 
 
 def create(
@@ -139,33 +136,35 @@ class ActivationWriter:
         self._writer = writer
         self._spec = writer.spec
         index, parts = part
-        self._part = part
+        self._whole = "the store" if parts == 1 else f"part {part}"
         self._buckets = range(index * writer.buckets // parts, (index + 1) * writer.buckets // parts)
         self._committed = writer.committed()
-        self._next = self.first_row
-        for bucket in self._buckets:
-            if bucket not in self._committed:
-                break
-            self._next = writer.bucket_range(bucket)[1]
+        self._next = self._first_missing()
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._filling: _Bucket | None = None
         self._spare: dict[str, NDArray[Any]] | None = None
         self._flight: tuple[_Bucket, Future[Any]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="actstore-append")
         self._closed = self._failed = self._warned = False
-        self._pid, self._thread = os.getpid(), 0
-        """The process and, from the first `append` on, the thread that the rows come from."""
-        _settle_at_exit(self)
+        self._caller: tuple[int, int] | None = None
+        """The process and the thread that the rows come from."""
+
+    def _start(self, bucket: int) -> int:
+        return min(bucket * self._spec.bucket_rows, self._spec.rows)
+
+    def _first_missing(self) -> int:
+        """First row of the first bucket of this part that is not committed."""
+        return self._start(next((b for b in self._buckets if b not in self._committed), self._buckets.stop))
 
     @property
     def first_row(self) -> int:
         """First row of this part."""
-        return min(self._buckets.start * self._spec.bucket_rows, self._spec.rows)
+        return self._start(self._buckets.start)
 
     @property
     def stop_row(self) -> int:
         """The row after the last of this part; very large while the store is open-ended."""
-        return min(self._buckets.stop * self._spec.bucket_rows, self._spec.rows)
+        return self._start(self._buckets.stop)
 
     @property
     def next_row(self) -> int:
@@ -191,13 +190,13 @@ class ActivationWriter:
         if self._closed or self._failed:
             why = "is closed" if self._closed else "failed before"
             raise ValueError(f"this writer {why}; continue with another actstore.create of the same settings")
-        rows, n, shapes = self._check_sites(sites)
+        rows, leading = site_rows(sites, self._spec)
         given = {"sequence": sequence, "position": position, "token_id": token_id}
-        columns = {name: _column(name, given[name], n, shapes) for name in PROVENANCE_ARRAYS}
+        columns = {name: provenance_column(name, given[name], leading) for name in PROVENANCE_ARRAYS}
+        n = math.prod(leading)
         if self._next + n > self.stop_row:
-            whole = "the store" if self._part[1] == 1 else f"part {self._part}"
             raise ValueError(
-                f"{n} rows from row {self._next} on go beyond row {self.stop_row}: {whole} has "
+                f"{n} rows from row {self._next} on go beyond row {self.stop_row}: {self._whole} has "
                 f"{self.stop_row - self.first_row} rows; append no more, or create another store"
             )
         dtypes = {name: self._dtype(name, x) for name, x in rows.items()}
@@ -213,139 +212,60 @@ class ActivationWriter:
 
     def _check_caller(self) -> None:
         """Refuse what would mix up rows: the order of rows is the order of calls, in one thread of one process."""
-        self._thread = self._thread or threading.get_ident()
-        if (os.getpid(), threading.get_ident()) != (self._pid, self._thread):
-            where = "process" if os.getpid() != self._pid else "thread"
+        caller = os.getpid(), threading.get_ident()
+        if self._caller is None:
+            _appended.add(self)
+            self._caller = caller
+        if self._caller != caller:
+            where = "process" if self._caller[0] != caller[0] else "thread"
             raise ValueError(
                 f"append was called from another {where} than before, so rows would be mixed up; give each its own "
                 "part: actstore.create(..., rows=N, part=(i, n))"
             )
 
-    def close(self) -> None:
-        """Commit what is left and, if the whole store is there, write its manifest; harmless to repeat.
-
-        `StoreError` if rows of this part are missing: what is committed stays, and the same settings continue it.
-        """
-        if self._closed:
-            return
-        if os.getpid() != self._pid:
-            raise ValueError("this writer belongs to the process that made it; close it there")
-        self._closed = True
-        try:
-            self._settle()
-            if self._failed:
-                raise StoreError(
-                    f"{self._writer.url}: unfinished, since an earlier append failed; {self._how_to_go_on()}"
-                )
-            if self._spec.rows == OPEN_ENDED:
-                self._fix()
-            self._finish()
-        finally:
-            self._filling = self._spare = None
-            self._pool.shutdown()
-
-    def abandon(self) -> None:
-        """Commit the full bucket that is being written, if any, and say that the writer was never closed."""
-        if self._closed or os.getpid() != self._pid:
-            return
-        self._closed = True
-        lost = self._next - self._filling.number * self._spec.bucket_rows if self._filling else 0
-        with contextlib.suppress(StoreError):  # what can't be written is not in the store, as is said below
-            self._settle()
-        self._filling = self._spare = None
-        self._pool.shutdown()
-        print(
-            f"actstore: the writer of {self._writer.url} was never closed: the store is unfinished, "
-            f"{self._next - lost} rows are in full buckets, {lost} are lost; close it, or use it as a context manager",
-            file=sys.stderr,
-        )
-
-    def __enter__(self) -> Self:
-        """Begin."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close; after an exception wait for the bucket being written, commit nothing else."""
-        if error is None:
-            self.close()
-            return
-        self._closed = True
-        self._filling = self._spare = None
-        if self._flight is not None:
-            wait([self._flight[1]])
-            other = self._flight[1].exception()
-            if other is not None:
-                error.add_note(f"Writing bucket {self._flight[0].number} failed too: {other!r}")
-        self._pool.shutdown()
-
-    def _check_sites(self, sites: Mapping[str, Any]) -> tuple[dict[str, Any], int, set[tuple[int, ...]]]:
-        """The rows as [n, d], n, and the shapes that provenance may have."""
-        if set(sites) != set(self._spec.sites):
-            raise ValueError(f"sites are {sorted(sites)}, the store has {sorted(self._spec.sites)}; append all of them")
-        rows: dict[str, Any] = {}
-        leading: dict[str, tuple[int, ...]] = {}
-        for name, site in self._spec.sites.items():
-            x: Any = sites[name] if _is_tensor(sites[name]) else np.asarray(sites[name])
-            if not (x.is_floating_point() if _is_tensor(x) else x.dtype.kind == "f" or x.dtype == BFLOAT16):
-                raise ValueError(f"site {name} is {_name(x)}, expected floating-point numbers such as bfloat16")
-            shape = tuple(x.shape)
-            if shape[-1:] != (site.d,):
-                raise ValueError(f"site {name} has shape {list(shape)}, expected [n, {site.d}] or [..., {site.d}]")
-            leading[name] = shape[:-1]
-            rows[name] = (x.detach() if _is_tensor(x) else x).reshape(-1, site.d)
-        counts = {name: len(x) for name, x in rows.items()}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"rows by site are {counts}, expected equally many: row i of all sites is one token")
-        if len(set(leading.values())) > 1:
-            raise ValueError(
-                f"leading dimensions by site are {leading}, expected the same: row i of all sites is one token"
-            )
-        n = next(iter(counts.values()))
-        return rows, n, {(n,), *leading.values()}
-
     def _dtype(self, name: str, x: Any) -> np.dtype[Any]:
-        """What rows of a site are kept as in memory; for `fixed`, what came first decides."""
-        dtype = held_as(self._spec.sites[name].kind, bfloat16=_name(x) == "bfloat16")
+        """What rows of a site are held as in memory. A `fixed` site keeps that of the first rows."""
+        site = self._spec.sites[name]
+        dtype = held_as(site.kind, bfloat16=dtype_name(x) == "bfloat16")
         if self._dtypes.get(name, dtype) != dtype:
             raise ValueError(
-                f"site {name} got {_name(x)} rows after {'bfloat16' if dtype == FLOATS else 'other'} ones, "
-                f"expected one kind throughout: with {self._spec.sites[name].encoding} all rows are bfloat16, or none"
+                f"site {name} got {dtype_name(x)} rows after {'bfloat16' if dtype == FLOATS else 'other'} ones, "
+                f"expected one kind throughout: with {site.encoding} all rows are bfloat16, or none"
             )
         return dtype
 
-    def _take(self, rows: Mapping[str, Any], columns: Mapping[str, NDArray[np.int32] | None], n: int) -> None:
-        done = 0
-        while done < n:
+    def _take(self, rows: Mapping[str, Any], columns: Mapping[str, NDArray[np.int32]], n: int) -> None:
+        """Put rows in their stored places, block by block, and send every bucket that gets full."""
+        at = 0
+        while at < n:
             bucket = self._next // self._spec.bucket_rows
             first, stop = self._writer.bucket_range(bucket)
-            count = min(n - done, stop - self._next)
+            end = min(n, at + _BLOCK_ROWS, at + stop - self._next)
             if bucket not in self._committed:
-                filling = self._filling = self._filling or self._begin(bucket, stop - first)
-                for start, end in _blocks(done, done + count):
-                    place = filling.place[self._next - first + start - done :][: end - start]
-                    for name, x in rows.items():
-                        filling.arrays[name][place] = _raw(x[start:end], self._dtypes[name])
-                    for name, column in columns.items():
-                        filling.arrays[name][place] = NO_PROVENANCE if column is None else column[start:end]
-            done += count
-            self._next += count
+                self._filling = self._filling or self._begin(bucket)
+                place = self._filling.place[self._next - first :][: end - at]
+                for name, x in rows.items():
+                    self._filling.arrays[name][place] = converted(x[at:end], self._dtypes[name])
+                for name, column in columns.items():
+                    self._filling.arrays[name][place] = column[at:end]
+            self._next += end - at
+            at = end
             if self._next == stop and self._filling is not None:
-                self._send(self._filling, stop - first)
+                self._send(self._filling)
 
-    def _begin(self, bucket: int, rows: int) -> _Bucket:
-        arrays, self._spare = self._spare or self._buffers(rows), None
-        return _Bucket(bucket, self._writer.permutation(bucket), arrays)
+    def _begin(self, bucket: int) -> _Bucket:
+        place = self._writer.permutation(bucket)
+        arrays, self._spare = self._spare or self._buffers(len(place)), None
+        return _Bucket(bucket, place, arrays)
 
     def _buffers(self, rows: int) -> dict[str, NDArray[Any]]:
         sites = {name: np.empty((rows, site.d), self._dtypes[name]) for name, site in self._spec.sites.items()}
         return sites | {name: np.empty(rows, np.int32) for name in PROVENANCE_ARRAYS}
 
-    def _send(self, bucket: _Bucket, rows: int) -> None:
+    def _send(self, bucket: _Bucket) -> None:
         """Write a bucket in the background, once the one before it is done."""
         self._settle()
-        arrays = {name: a[:rows] for name, a in bucket.arrays.items()}
+        arrays = {name: a[: len(bucket.place)] for name, a in bucket.arrays.items()}
         self._filling = None
         self._flight = bucket, self._pool.submit(self._writer.write_arrays, bucket.number, arrays)
 
@@ -353,9 +273,7 @@ class ActivationWriter:
         """Wait for the bucket being written; raises what went wrong there."""
         if self._flight is None:
             return
-        bucket, written = self._flight
-        wait([written])
-        self._flight = None
+        (bucket, written), self._flight = self._flight, None
         made = written.result()
         if isinstance(made, NotWritten):
             raise StoreError(
@@ -368,6 +286,25 @@ class ActivationWriter:
         self._committed.add(bucket.number)
         self._spare = bucket.arrays
 
+    def close(self) -> None:
+        """Commit what is left and, if the whole store is there, write its manifest; harmless to repeat.
+
+        `StoreError` if rows of this part are missing: what is committed stays, and the same settings continue it.
+        """
+        if self._closed:
+            return
+        if self._caller is not None and self._caller[0] != os.getpid():
+            raise ValueError("this writer belongs to the process that made it; close it there")
+        try:
+            self._settle()
+            if self._failed:
+                raise StoreError(f"{self._writer.url}: unfinished, since an earlier append failed; {_HOW_TO_GO_ON}")
+            if self._spec.rows == OPEN_ENDED:
+                self._fix()
+            self._finish()
+        finally:
+            self._release()
+
     def _fix(self) -> None:
         """Make the rows that were appended the rows of the store; its last bucket gets the order of a short one."""
         if self._next == 0:
@@ -375,87 +312,76 @@ class ActivationWriter:
         self._writer.fix_rows(self._next)
         self._spec = self._writer.spec
         self._buckets = range(self._writer.buckets)
-        if self._filling is None:
-            return
-        full = self._filling
-        rows = self._next - full.number * self._spec.bucket_rows
-        place = self._writer.permutation(full.number)
-        source = np.empty(rows, np.int64)
-        source[place] = full.place[:rows]
-        arrays = self._spare or self._buffers(rows)
-        for name, a in full.arrays.items():
-            np.take(a, source, axis=0, out=arrays[name][:rows], mode="clip")
-        self._send(_Bucket(full.number, place, arrays), rows)
-        self._settle()
+        if self._filling is not None:
+            full, short = self._filling, self._begin(self._filling.number)
+            for start in range(0, len(short.place), _BLOCK_ROWS):
+                old, new = (b.place[: len(short.place)][start : start + _BLOCK_ROWS] for b in (full, short))
+                for name, a in full.arrays.items():
+                    short.arrays[name][new] = a[old]
+            self._send(short)
+            self._settle()
 
     def _finish(self) -> None:
         committed = self._writer.committed()
         missing = [b for b in self._buckets if b not in committed]
         if missing:
-            whole = "the store" if self._part[1] == 1 else f"part {self._part}"
-            short = f"{self.stop_row - self._next} of the {self.stop_row - self.first_row} rows of {whole} are missing"
-            taken = f"bucket {missing[0]} is being written by somebody else"
-            why = short if self._next < self.stop_row else taken
-            raise StoreError(f"{self._writer.url}: {why}; {self._how_to_go_on()}")
+            why = f"bucket {missing[0]} is being written by another writer"
+            if self._next < self.stop_row:
+                rows = self.stop_row - self.first_row
+                why = f"{self.stop_row - self._next} of the {rows} rows of {self._whole} are missing"
+            raise StoreError(f"{self._writer.url}: {why}; {_HOW_TO_GO_ON}")
         if len(committed) == self._writer.buckets:
             self._writer.finalise()
 
-    def _how_to_go_on(self) -> str:
-        return "committed buckets stay, and the same command continues from the next_row of a new writer"
+    def _release(self) -> None:
+        """Wait for the background thread, and give back the memory."""
+        self._closed = True
+        self._pool.shutdown()
+        self._filling = self._spare = self._flight = None
+        _appended.discard(self)
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; after an exception wait for the bucket being written, commit nothing else."""
+        if error is None:
+            self.close()
+            return
+        try:
+            self._settle()
+        except Exception as e:  # noqa: BLE001  whatever it was, the first error is the one to raise
+            error.add_note(f"Writing the full bucket before it failed too: {e!r}")
+        self._release()
+
+    def abandon(self) -> None:
+        """Commit the full bucket that is being written, if any, and say that the writer was never closed."""
+        if self._caller is None or self._caller[0] != os.getpid():
+            return
+        with contextlib.suppress(Exception):  # what can't be written is lost, as is said below
+            self._settle()
+        self._release()
+        kept = self._first_missing()
+        print(
+            f"actstore: the writer of {self._writer.url} was never closed: the store is unfinished, "
+            f"{kept - self.first_row} rows are in full buckets, {max(self._next - kept, 0)} are lost; close it, or use "
+            "it as a context manager",
+            file=sys.stderr,
+        )
 
 
-def _settle_at_exit(writer: ActivationWriter) -> None:
-    """At the end of a process that forgot to close a writer: finish its full bucket, and say what is missing.
-
-    `threading` calls this before it ends the pools of `concurrent.futures`, which `atexit` would be too late for. The
-    function is private; Python 3.9 to 3.14 have it, and `concurrent.futures` uses it for the same purpose.
-    """
-    reference = weakref.ref(writer)
-    threading._register_atexit(lambda: _left_open(reference()))  # type: ignore[attr-defined] # noqa: SLF001
+_appended: set[ActivationWriter] = set()
+"""Writers that were given rows and are not closed yet."""
 
 
-def _left_open(writer: ActivationWriter | None) -> None:
-    if writer is not None:
+def _abandon_all() -> None:
+    for writer in list(_appended):
         writer.abandon()
 
 
-def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    return ((i, min(i + _BLOCK_ROWS, stop)) for i in range(start, stop, _BLOCK_ROWS))
-
-
-def _is_tensor(x: Any) -> bool:
-    """Whether x is a torch tensor: it can't be one if nobody has imported torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
-def _name(x: Any) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
-def _raw(x: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Rows as a bucket buffer holds them: bfloat16 bits or float32."""
-    if _is_tensor(x):
-        torch = sys.modules["torch"]  # converted where the tensor is, so that fewer bytes travel
-        if dtype == BITS:
-            return x.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(BITS)
-        return x.to(torch.float32).cpu().numpy()
-    with np.errstate(over="ignore", invalid="ignore"):
-        return x.astype(BFLOAT16, copy=False).view(BITS) if dtype == BITS else x.astype(FLOATS, copy=False)
-
-
-def _column(name: str, values: Any, n: int, shapes: set[tuple[int, ...]]) -> NDArray[np.int32] | None:
-    """One provenance column as int32 [n]."""
-    if values is None:
-        return None
-    column = values.detach().cpu().numpy() if _is_tensor(values) else np.asarray(values)
-    if column.shape not in shapes:
-        raise ValueError(f"{name} has shape {list(column.shape)}, expected [{n}], one whole number a row")
-    if column.size == 0:
-        return np.empty(0, np.int32)
-    if column.dtype.kind not in "iu":
-        raise ValueError(f"{name} is {column.dtype}, expected whole numbers such as int32")
-    low, high = int(column.min()), int(column.max())
-    if low < _INT32.min or high > _INT32.max:
-        raise ValueError(f"{name} has values from {low} to {high}, expected ones that fit int32")
-    return column.astype(np.int32).ravel()
+# `threading` calls this before it ends the pools of `concurrent.futures`, which `atexit` would be too late for. The
+# function is private; Python 3.9 to 3.14 have it, and `concurrent.futures` uses it for the same purpose.
+threading._register_atexit(_abandon_all)  # type: ignore[attr-defined] # noqa: SLF001

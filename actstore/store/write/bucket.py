@@ -12,19 +12,21 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
 from actstore import keyed
-from actstore.errors import EncodingError, mismatch
-from actstore.store.format import encoder, fixed, record, stats
+from actstore.errors import EncodingError, StoreError, mismatch
+from actstore.store.format import encoder, fixed, manifest, record, stats
+from actstore.store.format.record import CommitRecord
+from actstore.store.format.sealed import METADATA_LIMIT
 from actstore.store.format.spec import (
     GROUP_KEY,
     PROVENANCE_ARRAYS,
@@ -38,14 +40,61 @@ from actstore.store.format.spec import (
     metadata_objects,
 )
 from actstore.store.read.index import committed, read_spec
+from actstore.store.read.values import Rows
 from actstore.store.storage import LocalStorage, Storage, check_conditional_writes, open_storage
+from actstore.store.storage.base import Buffers
 from actstore.store.write import protocol
 from actstore.store.write.extend import change_spec, write_metadata
 from actstore.store.write.finalise import finalise
-from actstore.store.write.protocol import Attempt, NotWritten
+from actstore.store.write.protocol import Attempt, NotWritten, Steps
 
 LOCAL_PUTS, REMOTE_PUTS = 2, 8
 """Shards that are being put while others are encoded; each has a buffer of its own."""
+_LISTERS = 16
+
+Job = TypeVar("Job")
+Put = Callable[[str, Buffers], None]
+"""Puts a shard, by key and content, for the attempt that holds the bucket."""
+
+
+class _TakenOverError(Exception):
+    """Another attempt has taken the bucket over."""
+
+
+def write_shards(
+    storage: Storage,
+    steps: Steps[Attempt | NotWritten],
+    jobs: Mapping[str, Sequence[Job]],
+    store: Callable[[str, Job, str, Put], encoder.Encoded],
+    describe: Callable[[str, dict[str, list[encoder.Encoded]]], CommitRecord],
+    *,
+    workers: int,
+) -> CommitRecord | NotWritten:
+    """One attempt at a bucket, from its first `steps` to its record; `jobs` are its shards, by array.
+
+    `store(array, job, attempt id, put)` makes and puts one shard, in `workers` threads at once; `describe(attempt id,
+    what store returned, by array)` is the record.
+    """
+    attempt = protocol.run(storage, steps)
+    if isinstance(attempt, NotWritten):
+        return attempt
+
+    def put(key: str, data: Buffers) -> None:
+        if not protocol.run(storage, protocol.put(attempt, key, data)):
+            raise _TakenOverError
+
+    shards = [(name, job) for name, listed in jobs.items() for job in listed]
+    stored: dict[str, list[encoder.Encoded]] = {name: [] for name in jobs}
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="actstore-shards") as pool:
+            made = pool.map(lambda s: store(s[0], s[1], attempt.id, put), shards)  # an error cancels what is left
+            for (name, _), one in zip(shards, made, strict=True):
+                stored[name].append(one)
+    except _TakenOverError:
+        return NotWritten.TAKEN_OVER
+    committed = describe(attempt.id, stored)
+    done = protocol.run(storage, protocol.commit(attempt, record.to_bytes(committed)))
+    return committed if done else NotWritten.TAKEN_OVER
 
 
 @dataclass
@@ -54,24 +103,6 @@ class WriteTimes:
 
     encode_s: float = 0.0
     put_s: float = 0.0
-
-
-class Rows(Protocol):
-    """Rows of one array, in memory or elsewhere: what `write_arrays` needs of a numpy array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[n, d] or [n]."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """See `write_arrays`."""
-        ...
-
-    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        """A run of rows."""
-        ...
 
 
 class StoreWriter:
@@ -89,6 +120,8 @@ class StoreWriter:
 
         Every commit record keeps `versions`, those of the libraries that computed the rows.
         """
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}, expected 1 or more")
         self.versions = dict(versions or {})
         self.storage = storage
         self.spec = spec
@@ -125,8 +158,13 @@ class StoreWriter:
         return seen is not None and seen.size > record.INTENT_BYTES
 
     def write_arrays(
-        self, bucket: int, data: Mapping[str, Rows], *, condemned: str | None = None, times: WriteTimes | None = None
-    ) -> record.CommitRecord | NotWritten:
+        self,
+        bucket: int,
+        data: Mapping[str, Rows],
+        *,
+        condemned: str | None = None,
+        times: WriteTimes | None = None,
+    ) -> CommitRecord | NotWritten:
         """Store a bucket and commit it; returns its record, or why it was not committed.
 
         Every array is in stored order (see `permutation`): sites are [n, d], as bfloat16 bits (uint16) for `bf16`,
@@ -137,31 +175,49 @@ class StoreWriter:
         """
         first, stop = self.spec.bucket_range(bucket)
         self._check(data, stop - first)
+        attempt_id = protocol.new_id()
         steps = (
-            protocol.begin(bucket, protocol.new_id())
+            protocol.begin(bucket, attempt_id)
             if condemned is None
-            else protocol.take_over(bucket, protocol.new_id(), condemned)
+            else protocol.take_over(bucket, attempt_id, condemned)
         )
-        attempt = protocol.run(self.storage, steps)
-        if isinstance(attempt, NotWritten):
-            return attempt
-        calibrations = {name: self._calibration(name, bucket, data[name]) for name in self._fixed_sites()}
-        try:
-            chunks, sums = self._write_shards(bucket, data, attempt, times or WriteTimes())
-        except _TakenOverError:
-            return NotWritten.TAKEN_OVER
-        self._check_clipping(bucket, sums)
-        made = record.CommitRecord(
-            bucket=bucket,
-            attempt=attempt.id,
-            rows=stop - first,
-            arrays=chunks,
-            calibration={name: fixed.digest(fixed.to_bytes(c)) for name, c in calibrations.items()},
-            stats=sums,
-            versions=self.versions,
-        )
-        done = protocol.run(self.storage, protocol.commit(attempt, record.to_bytes(made)))
-        return made if done else NotWritten.TAKEN_OVER
+        encoding, seconds = threading.Semaphore(self.threads), list[tuple[float, float]]()
+
+        def store(name: str, start: int, attempt: str, put: Put) -> encoder.Encoded:
+            array, buffer = self._arrays[name], self._buffers.get()
+            try:
+                with encoding:
+                    began = time.perf_counter()
+                    rows = data[name][start : start + array.shard_rows]
+                    made = self.encode(array, rows, bucket, start, buffer, attempt)
+                    encoded = time.perf_counter()
+                put(array.shard_key((first + start) // array.shard_rows), [buffer[: made.size].data])
+            finally:
+                self._buffers.put(buffer)
+            seconds.append((encoded - began, time.perf_counter() - encoded))
+            return made
+
+        def describe(attempt: str, shards: dict[str, list[encoder.Encoded]]) -> CommitRecord:
+            sums = {s: self._sums(bucket, [e.sums for e in shards[s] if e.sums]) for s in self.spec.sites}
+            self._check_clipping(bucket, sums)
+            return CommitRecord(
+                bucket=bucket,
+                attempt=attempt,
+                rows=stop - first,
+                arrays={name: encoder.chunks(found) for name, found in shards.items()},
+                calibration={name: fixed.digest(fixed.to_bytes(c)) for name, c in self._calibrations.items()},
+                stats=sums,
+                versions=self.versions,
+            )
+
+        for name in self._fixed_sites():
+            self._calibration(name, bucket, data[name])
+        jobs = {name: range(0, stop - first, array.shard_rows) for name, array in self._arrays.items()}
+        made = write_shards(self.storage, steps, jobs, store, describe, workers=self.threads + self.puts)
+        if times:
+            times.encode_s += sum(s for s, _ in seconds)
+            times.put_s += sum(s for _, s in seconds)
+        return made
 
     def _check_clipping(self, bucket: int, sums: Mapping[str, stats.Sums]) -> None:
         for site in self._fixed_sites():
@@ -183,56 +239,6 @@ class StoreWriter:
             if data[name].shape != shape or data[name].dtype not in allowed:
                 expected = " or ".join(f"{dtype}{shape}" for dtype in allowed)
                 raise ValueError(f"{name} is {data[name].dtype}{data[name].shape}, expected {expected}")
-
-    def _write_shards(
-        self, bucket: int, data: Mapping[str, Rows], attempt: Attempt, times: WriteTimes
-    ) -> tuple[dict[str, record.Chunks], dict[str, stats.Sums]]:
-        """Encode in `threads` threads, put in others; what is encoded but not yet put is bounded."""
-        first, stop = self.spec.bucket_range(bucket)
-        buffers, failed = self._buffers, threading.Event()
-        jobs: dict[str, list[Future[encoder.Encoded]]] = {name: [] for name in self._arrays}
-        puts: list[Future[float]] = []
-        encoding: list[float] = []
-
-        def put(key: str, buffer: NDArray[np.uint8], size: int) -> float:
-            began = time.perf_counter()
-            try:
-                if not protocol.run(self.storage, protocol.put(attempt, key, [buffer[:size].data])):
-                    raise _TakenOverError
-                return time.perf_counter() - began
-            except BaseException:
-                failed.set()
-                raise
-            finally:
-                buffers.put(buffer)
-
-        def encode(array: ArraySpec, start: int, buffer: NDArray[np.uint8]) -> encoder.Encoded:
-            began = time.perf_counter()
-            try:
-                rows = data[array.name][start : start + array.shard_rows]
-                made = self.encode(array, rows, bucket, start, buffer, attempt.id)
-                encoding.append(time.perf_counter() - began)
-            except BaseException:
-                failed.set()
-                buffers.put(buffer)
-                raise
-            puts.append(putters.submit(put, array.shard_key((first + start) // array.shard_rows), buffer, made.size))
-            return made
-
-        with ThreadPoolExecutor(self.puts, thread_name_prefix="actstore-put") as putters:
-            with ThreadPoolExecutor(self.threads, thread_name_prefix="actstore-encode") as encoders:
-                for array in self._arrays.values():
-                    for start in range(0, stop - first, array.shard_rows):
-                        buffer = buffers.get()
-                        if failed.is_set():
-                            buffers.put(buffer)
-                        else:
-                            jobs[array.name].append(encoders.submit(encode, array, start, buffer))
-            done = {name: [job.result() for job in found] for name, found in jobs.items()}
-        times.put_s += sum(finished.result() for finished in puts)
-        times.encode_s += sum(encoding)
-        chunks = {name: encoder.chunks(found) for name, found in done.items()}
-        return chunks, {s: self._sums(bucket, [e.sums for e in done[s] if e.sums]) for s in self.spec.sites}
 
     def _sums(self, bucket: int, parts: list[stats.Sums]) -> stats.Sums:
         """A site's sums over a bucket, from those of its shards in order; rows are named by their row number."""
@@ -259,11 +265,9 @@ class StoreWriter:
     ) -> encoder.Encoded:
         """One shard of a bucket: rows from place `start` of it to the start of `out`, see `encode_shard`."""
         try:
-            if array.name in PROVENANCE_ARRAYS:
-                return encoder.encode_shard(array, rows, out, attempt)
-            site = self.spec.sites[array.name]
-            calibration = self._calibration(array.name, bucket, rows) if site.kind == "fixed" else None
-            return encoder.encode_shard(array, rows, out, attempt, with_sums=True, calibration=calibration)
+            is_fixed, is_site = array.name in self._fixed_sites(), array.name in self.spec.sites
+            calibration = self._calibration(array.name, bucket, rows) if is_fixed else None
+            return encoder.encode_shard(array, rows, out, attempt, with_sums=is_site, calibration=calibration)
         except encoder.NotFiniteError as e:
             raise self._not_finite(array.name, bucket, start + e.row) from e
 
@@ -280,7 +284,7 @@ class StoreWriter:
     def _calibration(self, site: str, bucket: int, rows: Rows) -> fixed.Calibration:
         """The site's calibration: as stored, else made from this bucket's rows and stored, once for all writers."""
         if site not in self._calibrations:
-            key = calibration_key(site)
+            key, d, eps = calibration_key(site), self.spec.sites[site].d, self.spec.sites[site].eps
             if not self.storage.exists(key):
                 parts: list[stats.Sums] = []
                 for start in range(0, rows.shape[0], self.spec.chunk_rows):
@@ -289,10 +293,8 @@ class StoreWriter:
                     if bad is not None:
                         raise self._not_finite(site, bucket, start + bad)
                     parts.append(stats.sums(part))
-                sums, eps = reduce(stats.add, parts), self.spec.sites[site].eps
-                made = fixed.calibrate(sums, eps, np.ascontiguousarray(rows[: fixed.CALIBRATION_ROWS]))
-                self.storage.create(key, fixed.to_bytes(made))
-            d = self.spec.sites[site].d
+                sample = np.ascontiguousarray(rows[: fixed.CALIBRATION_ROWS])
+                self.storage.create(key, fixed.to_bytes(fixed.calibrate(reduce(stats.add, parts), eps, sample)))
             self._calibrations[site] = fixed.from_bytes(self.storage.get(key, 16 * d), d, f"{self.url}/{key}")
         return self._calibrations[site]
 
@@ -323,11 +325,7 @@ class StoreWriter:
         return finalise(self.storage, self.spec, rewritten=rewritten)
 
 
-class _TakenOverError(Exception):
-    """Another attempt has taken the bucket over."""
-
-
-def remarks(made: record.CommitRecord) -> list[str]:
+def remarks(made: CommitRecord) -> list[str]:
     """What a user should know of a bucket that was written, a line each."""
     return [line for site, s in made.stats.items() for line in s.remarks(f"bucket {made.bucket} of {site}")]
 
@@ -339,20 +337,39 @@ def create_store(url: str | os.PathLike[str], spec: StoreSpec, *, threads: int |
     object store has no conditional writes.
     """
     storage = open_storage(url)
+    writer = StoreWriter(storage, spec, threads=threads)
     check_conditional_writes(storage, GROUP_KEY)
     if not storage.exists(GROUP_KEY):
-        for key, data in metadata_objects(spec).items():
-            storage.create(key, data)
-        storage.create(GROUP_KEY, group_metadata(spec))  # decides, should several create a store here at once
+        _begin_store(storage, spec)
     if (found := read_spec(storage)) != spec:
         raise mismatch(
             f"the store at {storage.url}",
             comparable(found),
             comparable(spec),
-            remedy="Use the same settings to continue it, or another --out.",
+            remedy="Use the same settings to continue it, or another place.",
         )
     write_metadata(storage)
-    return StoreWriter(storage, spec, threads=threads)
+    return writer
+
+
+def _begin_store(storage: Storage, spec: StoreSpec) -> None:
+    """Write all metadata, the group last: it decides, should several create a store here at once.
+
+    Objects of someone else that have the names of the store's are refused: they would be written over. A store that
+    was begun, or has lost its group, has all its array metadata, unchanged.
+    """
+    metadata = metadata_objects(spec)
+    names = [*arrays(spec), record.COMMITS, manifest.MANIFEST, "calibration", "tokens"]
+    with ThreadPoolExecutor(_LISTERS, thread_name_prefix="actstore-list") as pool:
+        there = {key for found in pool.map(storage.list, names) for key in found}
+    foreign = [key for key, data in metadata.items() if key in there and storage.get(key, METADATA_LIMIT) != data]
+    if metadata.keys() - there:
+        foreign += sorted(there - metadata.keys())
+    if foreign and not storage.exists(GROUP_KEY):  # else another writer has created the store meanwhile
+        raise StoreError(f"{storage.url}: {foreign[0]} is there and of no store; delete it, or choose an empty place")
+    for key, data in metadata.items():
+        storage.create(key, data)
+    storage.create(GROUP_KEY, group_metadata(spec))
 
 
 def open_writer(
