@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -479,7 +479,7 @@ def all_(
     console.write_json(json, bench_all(out, url=url, d=d, quick=quick, environments=environments, suffix=plot))
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run one command and exit with its code."""
     description = "The open activation store: cache activations, stream them shuffled, benchmark both."
-    sys.exit(console.run(lambda: app.cli(prog="actstore", description=description)))
+    console.leave(console.run(lambda: app.cli(prog="actstore", description=description)))
