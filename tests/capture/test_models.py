@@ -158,6 +158,7 @@ def test_a_hub_revision_decides_on_configuration_and_weights(hub, revision):
     assert same(activations(load_model("lab/tiny", revision=revision), IDS, sites), activations(expected, IDS, sites))
 
 
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
 def test_a_capture_keeps_the_revision_that_it_was_begun_with(hub, tmp_path, in_process, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(TEXTS))
@@ -172,7 +173,11 @@ def test_a_capture_keeps_the_revision_that_it_was_begun_with(hub, tmp_path, in_p
         sites=("resid_post.1",),
         out=str(tmp_path / "store"),
         encoding="f32",
-        **{"bucket_rows": 128, "shard_rows": 128, "chunk_rows": 64, "device": "cpu", "dtype": "float32"},
+        bucket_rows=128,
+        shard_rows=128,
+        chunk_rows=64,
+        device="cpu",
+        dtype="float32",
     )
     with monkeypatch.context() as patch, pytest.raises(CaptureError, match="not complete"):
         patch.setattr(execute_module.Pool, "run", lambda *_: None)  # it ends before any bucket is captured
