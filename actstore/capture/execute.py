@@ -268,21 +268,18 @@ class _Display:
         now, sums = time.monotonic(), self.sums
         stages = {"forward": sums["forward_s"], "encode": sums["encode_s"], "upload": sums["put_s"]}
         return Outcome(
+            **{name: int(sums[name]) for name in ("bytes_stored", "retries", "nonfinite", "saturated")},
+            forward_s=float(sums["forward_s"]),
+            encode_s=float(sums["encode_s"]),
+            put_s=float(sums["put_s"]),
             buckets=self.outcomes["captured"] + self.outcomes["repaired"],
             buckets_by_others=self.outcomes["by_others"],
+            buckets_repaired=self.outcomes["repaired"],
             rows_captured=sums["rows"],
-            bytes_stored=sums["bytes_stored"],
             seconds=now - began,
             tokens_per_s=sums["rows"] / max(now - (self.ready or began), 1e-9),
-            forward_s=float(stages["forward"]),
-            encode_s=float(stages["encode"]),
-            put_s=float(stages["upload"]),
             bound=max(stages, key=lambda name: stages[name]) if any(stages.values()) else "none",
-            buckets_repaired=self.outcomes["repaired"],
-            retries=sums["retries"],
             workers_lost=pool.losses,
-            nonfinite=sums["nonfinite"],
-            saturated=sums["saturated"],
             taken_over=pool.taken_over,
             nodes_quarantined=len(pool.quarantined),
         )
