@@ -8,9 +8,9 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -66,7 +66,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def write_json(file: Path | None, figures: Any) -> None:
+def write_json(file: Path | None, figures: object) -> None:
     """Write a command's figures, if the user asked for the file."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def write_json(file: Path | None, figures: Any) -> None:
         file.write_text(json.dumps(_strict(data), indent=1, allow_nan=False, default=str) + "\n")
 
 
-def _strict(value: Any) -> Any:
+def _strict(value: object) -> object:
     """JSON has no NaN and no infinities: they become null."""
     if isinstance(value, Mapping):
         return {str(k): _strict(v) for k, v in value.items()}
@@ -87,7 +87,9 @@ _WHOLE = 32
 """Characters up to which the first column of a table with a header, which holds names, is not broken."""
 
 
-def print_table(title: str, rows: Mapping[str, Any] | list[tuple[Any, ...]], *, header: tuple[str, ...] = ()) -> None:
+def print_table(
+    title: str, rows: Mapping[str, object] | Sequence[tuple[object, ...]], *, header: tuple[str, ...] = ()
+) -> None:
     """Print figures on standard output: a mapping as two columns, a list of tuples under `header`."""
     table = Table(title=title, title_justify="left", show_header=bool(header), header_style="bold")
     lines = list(rows.items()) if isinstance(rows, Mapping) else rows
@@ -101,7 +103,7 @@ def print_table(title: str, rows: Mapping[str, Any] | list[tuple[Any, ...]], *, 
     Console(soft_wrap=True, emoji=False).print(table)
 
 
-def figure(value: Any) -> str:
+def figure(value: object) -> str:
     """A value as tables show it: thousands separated, four significant digits, nothing that a terminal would act on."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]

@@ -128,7 +128,7 @@ def plan_run(
     store: str,
     batch_size: int,
     dtype: DType,
-    recorded: dict[str, Any],
+    recorded: dict[str, object],
 ) -> Plan:
     """Choose device, precision and attention, and say so: as the store was begun, if it is there.
 

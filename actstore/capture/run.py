@@ -86,7 +86,7 @@ def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
     )
 
 
-def _recorded_model(storage: Storage) -> dict[str, Any]:
+def _recorded_model(storage: Storage) -> dict[str, object]:
     """What the store there says about the model that began it; empty if there is no store."""
     found = read_spec(storage).provenance.get("model") if storage.exists(GROUP_KEY) else None
     return found if isinstance(found, dict) else {}
@@ -140,7 +140,7 @@ def _store_spec(
     tokens: TokenTable,
     rows: int,
     plan: Plan,
-    recorded: dict[str, Any],
+    recorded: dict[str, object],
 ) -> StoreSpec:
     from actstore.capture.model import model_identity, versions
 
@@ -169,7 +169,7 @@ def _store_spec(
     )
 
 
-def _unusual(tokens: TokenTable) -> dict[str, Any]:
+def _unusual(tokens: TokenTable) -> dict[str, object]:
     """How the table was made, where that is not as usual; JSON values."""
     usual = {"packing": "joined", "bos": True, "skip_first": 0, "skip_ids": [], "skipped": 0}
     found = {name: getattr(tokens, name) for name in usual} | {"skip_ids": list(tokens.skip_ids)}

@@ -145,21 +145,21 @@ class Replica:
     _stopped: threading.Event = field(default_factory=threading.Event)
     _retries: int = 0
 
-    def place(self) -> dict[str, Any]:
+    def place(self) -> dict[str, str]:
         """The node that Ray chose, or this machine."""
         ray = sys.modules.get("ray")
         if ray is not None and ray.is_initialized():
             return {"node": ray.get_runtime_context().get_node_id()}
         return {"node": os.uname().nodename}
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: object) -> object:
         """What a method returns, or a `Failure`."""
         try:
             return getattr(self, method)(*arguments)
         except Exception as e:  # noqa: BLE001  torch, drivers and disks raise anything
             return _failure(e, self.config.store)
 
-    def start(self, environment: dict[str, str] | None = None, threads: int | None = None) -> dict[str, Any]:
+    def start(self, environment: dict[str, str] | None = None, threads: int | None = None) -> dict[str, object]:
         """Load the model and open the store; says where it runs, for the log.
 
         `environment` is added to this process's own, before anything reads it; `threads` replaces the configured ones.
@@ -235,7 +235,7 @@ class Replica:
 
     def _rows_of(
         self, loaded: Loaded, work: Work, ids: NDArray[np.int32], documents: NDArray[np.int32]
-    ) -> tuple[dict[str, Any], float]:
+    ) -> tuple[dict[str, NDArray[Any]], float]:
         """All arrays of a bucket with these token ids, in stored order, and the seconds that took."""
         from actstore.capture.bucket import bucket_rows
 
