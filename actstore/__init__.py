@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from actstore.errors import ActstoreError
 
@@ -49,7 +49,7 @@ def open(url: str | os.PathLike[str]) -> "Store":  # noqa: A001  actstore.open i
     return open_store(url)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load what is heavy only when it is asked for."""
     if name == "create":
         from actstore.store.write.append import create

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -21,14 +21,23 @@ from actstore.progress import Progress, scaled
 from actstore.tokens.config import TokenizeConfig
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from actstore.bench import Report
 
 Json = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also write the figures to this file, as JSON.")]
+Url = Annotated[Positional[str], tyro.conf.arg(help="The store.")]
 Plot = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also draw the rates: FILE.png or FILE.svg.")]
 
 app = SubcommandApp()
 bench = SubcommandApp()
 app.command(bench, name="bench")
+
+
+def _show(title: str, summary: "DataclassInstance", json: Path | None, **shown: str | None) -> None:
+    """Print what a command did, and write it where the user asked for that; `shown` replaces what tables can't hold."""
+    console.print_table(title, vars(summary) | shown)
+    console.write_json(json, summary)
 
 
 @app.command
@@ -40,7 +49,6 @@ def demo(*, out: Path = Path("demo"), json: Json = None) -> None:
 
     Args:
         out: directory for everything that it makes.
-        json: also write the figures to this file, as JSON.
 
     """
     from trainer.demo import run_demo
@@ -67,19 +75,17 @@ def capture(config: OmitArgPrefixes[CaptureConfig], *, json: Json = None) -> Non
 
     with Progress() as progress:
         summary = run(config, progress)
-    console.print_table(f"store {config.out}", vars(summary))
-    console.write_json(json, summary)
+    _show(f"store {config.out}", summary, json)
 
 
 @app.command
-def repair(url: Positional[str], config: OmitArgPrefixes[RepairConfig], *, json: Json = None) -> None:
+def repair(url: Url, config: OmitArgPrefixes[RepairConfig], *, json: Json = None) -> None:
     """Capture again what verify --deep finds damaged, and nothing else. Run it again to continue."""
     from actstore.capture.repair import repair as run
 
     with Progress() as progress:
         summary = run(url, config, progress)
-    console.print_table(f"store {url}", vars(summary))
-    console.write_json(json, summary)
+    _show(f"store {url}", summary, json)
 
 
 @app.command(name="import")
@@ -110,7 +116,6 @@ def import_(
         shard_rows: rows of a shard: one object on storage.
         chunk_rows: rows of a chunk: the unit of reading.
         threads: encoding threads; default one a core.
-        json: also write the figures to this file, as JSON.
 
     """
     from actstore.exchange.importer import import_activations
@@ -129,22 +134,15 @@ def import_(
             threads=threads,
             progress=progress,
         )
-    console.print_table(f"store {out}", vars(summary))
-    console.write_json(json, summary)
+    _show(f"store {out}", summary, json)
 
 
 _ALWAYS = ("d", "encoding", "bytes_stored", "ratio", "rms_norm", "max_abs")
 
 
 @app.command
-def info(url: Positional[str], *, json: Json = None) -> None:
-    """Say what a store holds.
-
-    Args:
-        url: the store.
-        json: also write the figures to this file, as JSON.
-
-    """
+def info(url: Url, *, json: Json = None) -> None:
+    """Say what a store holds."""
     from actstore.store import open_store
     from actstore.store.maintain.info import describe
 
@@ -185,22 +183,20 @@ def cp(
         encoding: store the values anew as bf16, f32 or fixed:EPS; default: as they are.
         codec: compress the chunks anew; default: as they are.
         move: delete the source when the whole copy has been read back.
-        json: also write the figures to this file, as JSON.
 
     """
     from actstore.store.maintain.copy import copy
 
     with Progress() as progress:
         summary = copy(src, dst, encoding=encoding, codec=codec, move=move, progress=progress)
-    console.print_table(f"store {dst}", vars(summary) | {"left": ", ".join(summary.left) or None})
+    _show(f"store {dst}", summary, json, left=", ".join(summary.left) or None)
     if summary.buckets != summary.planned_buckets:
         print("the source is unfinished; run the same command again when more of it is committed")
-    console.write_json(json, summary)
 
 
 @app.command
 def export(
-    url: Positional[str],
+    url: Url,
     *,
     out: Path,
     sites: str | None = None,
@@ -213,14 +209,12 @@ def export(
     """Write rows of a store, in row order and with their provenance, to a file that other tools read.
 
     Args:
-        url: the store.
         out: the file; with --format npy a directory.
         sites: names, separated by commas; default all.
         rows: first row and the row after the last, such as 0:4096; default all.
         sample: instead of rows: so many rows, drawn uniformly without replacement.
         seed: which sample.
         format: default: by the suffix of out. bf16 is exact float32 in npy and parquet, which have no bfloat16.
-        json: also write the figures to this file, as JSON.
 
     """
     from actstore.exchange.exporter import export as run
@@ -237,21 +231,18 @@ def export(
             format=format,
             progress=progress,
         )
-    console.print_table(str(out), vars(summary) | {"sites": ", ".join(summary.sites)})
-    console.write_json(json, summary)
+    _show(str(out), summary, json, sites=", ".join(summary.sites))
 
 
 @app.command
-def gc(url: Positional[str], *, older_than: float = 24.0, delete: bool = False, json: Json = None) -> None:
+def gc(url: Url, *, older_than: float = 24.0, delete: bool = False, json: Json = None) -> None:
     """List what dead attempts left in a store; with --delete, free it.
 
     Leftover shards of a bucket that may yet be written are replaced by empty ones, all else is deleted.
 
     Args:
-        url: the store.
         older_than: hours for which nobody may have been at it.
         delete: free what is listed.
-        json: also write the list to this file, as JSON.
 
     """
     from actstore.store.maintain.gc import collect
@@ -269,13 +260,11 @@ def gc(url: Positional[str], *, older_than: float = 24.0, delete: bool = False, 
 
 
 @app.command
-def verify(url: Positional[str], *, deep: bool = False, json: Json = None) -> None:
+def verify(url: Url, *, deep: bool = False, json: Json = None) -> None:
     """Check every committed object; one line for each damaged one. Exit code 1 if one is, or the store is unfinished.
 
     Args:
-        url: the store.
         deep: also read, checksum and decode everything.
-        json: also write the damage to this file, as JSON.
 
     """
     from actstore.store import open_storage
@@ -314,8 +303,6 @@ def codec(*, like: str | None = None, d: int = 2304, rounds: int = 5, json: Json
         like: a store with a bf16 site whose rows are used; default: synthetic ones with the entropy of activations.
         d: width of synthetic rows.
         rounds: how often everything is measured, in turns.
-        json: also write the figures to this file, as JSON.
-        plot: also draw the rates to this file.
 
     """
     from actstore.bench import bench_codec
@@ -344,8 +331,6 @@ def write(
         gb: GB of rows that are written in each round.
         threads: encoding threads; default one a core.
         rounds: how often everything is measured, in turns.
-        json: also write the figures to this file, as JSON.
-        plot: also draw the rates to this file.
 
     """
     from actstore.bench import bench_write
@@ -355,7 +340,7 @@ def write(
 
 @bench.command
 def read(
-    url: Positional[str],
+    url: Url,
     *,
     site: str | None = None,
     batch_size: int = 4096,
@@ -369,15 +354,12 @@ def read(
     """Read a store as a trainer does; compare with memory copy, bare fetch, decode and gather in the same run.
 
     Args:
-        url: the store.
         site: the site to read; default the first.
         batch_size: rows a batch.
         seconds: how long each loader runs, over all rounds.
         threads: decoding threads; default one a core.
         inflight: requests at once; default as many as threads for a directory, 16 for an object store.
         rounds: how often everything is measured, in turns.
-        json: also write the figures to this file, as JSON.
-        plot: also draw the rates to this file.
 
     """
     from actstore.bench import bench_read
@@ -405,8 +387,6 @@ def storage(
         concurrency: requests at once.
         seconds: how long each combination is measured, over three rounds.
         gb: GB after which a combination ends sooner.
-        json: also write the figures to this file, as JSON.
-        plot: also draw the rates to this file.
 
     """
     from actstore.bench import bench_storage
@@ -441,8 +421,6 @@ def peers(
         only: mosaic, litdata, webdataset, zarr, saelens, datasets; default all.
         environments: where the environments are.
         folder: where the rows are stored meanwhile; default the system's temporary directory.
-        json: also write the figures to this file, as JSON.
-        plot: also draw the rates to this file.
 
     """
     from actstore.bench import bench_peers
@@ -470,7 +448,6 @@ def all_(
         d: width of rows.
         quick: fewer rows and rounds, under 5 minutes; peers that are not installed are only named.
         environments: where the peers' environments are.
-        json: also write the figures to this file, as JSON.
         plot: format of the plots.
 
     """
@@ -479,7 +456,7 @@ def all_(
     console.write_json(json, bench_all(out, url=url, d=d, quick=quick, environments=environments, suffix=plot))
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run one command and exit with its code."""
     description = "The open activation store: cache activations, stream them shuffled, benchmark both."
-    sys.exit(console.run(lambda: app.cli(prog="actstore", description=description)))
+    console.leave(console.run(lambda: app.cli(prog="actstore", description=description)))

@@ -3,6 +3,9 @@
 import errno
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,44 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(console.DEBUG, "1")
     with pytest.raises(StoreError):
         console.run(lambda: (_ for _ in ()).throw(StoreError("x")))
+
+
+LEAVING = """
+import atexit, sys, threading, time
+import numpy as np
+import actstore
+from actstore import console
+atexit.register(lambda: print("registered", flush=True))
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+writer = actstore.create(sys.argv[1], sites={"a": 4}, bucket_rows=64, shard_rows=64, chunk_rows=64)
+writer.append({"a": np.zeros((100, 4), np.float32)})
+sys.stdout.write("unflushed")
+console.leave(7)
+"""
+
+
+def test_leaving_waits_for_threads_runs_what_is_registered_and_flushes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LEAVING, str(tmp_path / "store")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7
+    assert sorted(done.stdout.replace("unflushed", "unflushed\n").split()) == ["registered", "thread", "unflushed"]
+    assert "was never closed" in done.stderr
+
+
+def test_leaving_with_nobody_to_read_the_output_is_quiet() -> None:
+    program = "import os; from actstore import console; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); "
+    program += "print('figures'); console.leave(0)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=False, env=buffered, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_command_line_starts_without_what_its_commands_need() -> None:
+    heavy = {"torch", "transformers", "zarr", "numba", "pyarrow", "ray", "fsspec"}
+    program = f"import sys, actstore.cli; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n"
 
 
 def test_json_is_strict(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
-"""Tiny random models and a tiny tokenizer: real architectures, small enough for a test."""
+"""Tiny random models and a tiny tokenizer: real architectures, small enough for a test; and a token table's rows."""
 
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from actstore.tokens import Rows, TokenTable, rows_in, span_of
 
 VOCAB = 2000
 LAYERS = 4
@@ -191,3 +195,10 @@ def save_gguf(path: Path, text: list[str]) -> Path:
     w.write_tensors_to_file()
     w.close()
     return path
+
+
+def rows_of(table: TokenTable, starts: NDArray[np.int64], first_row: int, stop_row: int) -> Rows:
+    """Sequence, position and token of rows [first_row, stop_row) of a token table."""
+    span = span_of(starts, first_row, stop_row)
+    sequences = span.first_sequence, span.stop_sequence
+    return rows_in(table.ids(*sequences), table.documents(*sequences), table.rule, span)

@@ -89,7 +89,7 @@ def _connect(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def runtime_environment(config: WorkersConfig) -> dict[str, Any]:
+def runtime_environment(config: WorkersConfig) -> dict[str, object]:
     """What the user's file says; `ValueError` if it is no runtime environment."""
     if config.runtime_env is None:
         return {}

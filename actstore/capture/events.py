@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 from actstore.store.format.spec import EVENTS
 from actstore.store.storage import Storage
@@ -54,7 +53,7 @@ class EventLog:
         self._putter = ThreadPoolExecutor(1, "actstore-events")
         self._putting: Future[None] | None = None
 
-    def write(self, event: str, **fields: Any) -> None:
+    def write(self, event: str, **fields: object) -> None:
         """Note an event with its time (UTC); the fields are JSON values."""
         now = time.time()
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"

@@ -12,18 +12,27 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from actstore.capture.cluster import check_directory, on_cluster, ray_for, request_for, runs_here, runtime_environment
-from actstore.capture.config import WorkersConfig
+from actstore.builtin import NAME, model_path
+from actstore.capture.cluster import (
+    check_directory,
+    choose_device,
+    on_cluster,
+    ray_for,
+    request_for,
+    runs_here,
+    runtime_environment,
+)
+from actstore.capture.config import DType, WorkersConfig
 from actstore.capture.events import EventLog, event_log
 from actstore.capture.memory import check_memory
 from actstore.capture.pool import Pool, Task
-from actstore.capture.precision import Choice
+from actstore.capture.precision import Choice, choose, saved_precision
 from actstore.capture.replicas import LocalReplicas, RayReplicas, Replicas, Request
 from actstore.capture.segments import Work, open_segments
 from actstore.capture.worker import BucketSummary, ReplicaConfig
 from actstore.errors import CaptureError
 from actstore.progress import Progress, scaled
-from actstore.store import StoreSpec, StoreWriter
+from actstore.store import StoreSpec, StoreWriter, open_storage
 from actstore.store.write.finalise import missing_parts
 from actstore.tokens.tokenizer import public_name
 
@@ -73,30 +82,28 @@ NOTHING = Outcome()
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How to run a model for a store."""
+    """How to run a model for a store; made by `plan_run`."""
 
     config: WorkersConfig
     model: str
+    model_config: Any
     choice: Choice
     batch_size: int
     store: str
-
-    def __post_init__(self) -> None:
-        """Refuse a bad runtime environment now, not when Ray starts."""
-        runtime_environment(self.config)
 
     @property
     def threads(self) -> int:
         """CPU threads per worker on this machine."""
         return self.config.threads or max(1, (os.cpu_count() or 1) // self.config.workers)
 
-    def replica(self, model_config: Any) -> ReplicaConfig:
+    @property
+    def replica(self) -> ReplicaConfig:
         """What its workers are told."""
         from actstore.capture.model import revision_of
 
         return ReplicaConfig(
             model=self.model,
-            revision=revision_of(model_config),
+            revision=revision_of(self.model_config),
             dtype=self.choice.dtype,
             attention=self.choice.attention,
             device="balanced" if self.config.devices_per_worker > 1 else self.choice.device,
@@ -106,16 +113,44 @@ class Plan:
             any_versions="versions" in self.config.allow,
         )
 
-    def check_memory(self, spec: StoreSpec, seq_len: int, model_config: Any) -> None:
+    def check_memory(self, spec: StoreSpec, seq_len: int) -> None:
         """Refuse what does not fit, if the workers run on this machine; on a cluster Ray places them by memory."""
         if not on_cluster(self.config):
-            needed = self.replica(model_config).needs(spec, seq_len, model_config)
-            check_memory(needed, self.config.workers, spec.shard_rows)
+            check_memory(self.replica.needs(spec, seq_len, self.model_config), self.config.workers, spec.shard_rows)
 
 
-def execute(
-    plan: Plan, writer: StoreWriter, work: list[Work], model_config: Any, progress: Progress, *, verb: str
-) -> Outcome:
+def plan_run(
+    config: WorkersConfig,
+    model: str,
+    model_config: Any,
+    progress: Progress,
+    *,
+    store: str,
+    batch_size: int,
+    dtype: DType,
+    recorded: dict[str, object],
+) -> Plan:
+    """Choose device, precision and attention, and say so: as the store was begun, if it is there.
+
+    `recorded` is what the store at `store` says about its model. Paths become absolute, because workers have another
+    working directory. A bad runtime environment is refused now, not when Ray starts.
+    """
+    runtime_environment(config)
+    device, saved, path = choose_device(config), saved_precision(model, model_config), model_path(model)
+    choice = choose(dtype, saved, model_config, device=device.kind, bfloat16_gpu=device.bfloat16, recorded=recorded)
+    progress.say(str(choice))
+    absolute = str(path.resolve()) if model != NAME and path.exists() else model
+    return Plan(
+        config=config,
+        model=absolute,
+        model_config=model_config,
+        choice=choice,
+        batch_size=batch_size,
+        store=open_storage(store).url,
+    )
+
+
+def execute(plan: Plan, writer: StoreWriter, work: list[Work], progress: Progress, *, verb: str) -> Outcome:
     """Do the work and finalise the store; see `capture` for the errors."""
     began = time.monotonic()
     if not work:
@@ -125,7 +160,7 @@ def execute(
     tasks = [Task("capture", w, key=w.bucket, name=f"bucket {w.bucket}") for w in work]
     with event_log(writer.storage, progress.say) as log:
         display = _Display(progress, verb, rows, writer.spec, len(work), log)
-        with _replicas(plan, writer, model_config) as replicas:
+        with _replicas(plan, writer) as replicas:
             about = {**asdict(replicas.config), "model": public_name(plan.model)}
             del about["store"]  # no machine's paths in a store
             log.write(verb, buckets=len(work), rows=rows, **about)
@@ -154,9 +189,9 @@ def _consolidate(pool: Pool, writer: StoreWriter, progress: Progress) -> None:
 
 
 @contextmanager
-def _replicas(plan: Plan, writer: StoreWriter, model_config: Any) -> Generator[Replicas]:
+def _replicas(plan: Plan, writer: StoreWriter) -> Generator[Replicas]:
     """Where the plan's replicas run: in this process, or on Ray."""
-    config, device, replica = plan.config, plan.choice.device, plan.replica(model_config)
+    config, device, replica = plan.config, plan.choice.device, plan.replica
     if runs_here(config):
         with closing(LocalReplicas(replica)) as here:
             yield here
@@ -164,7 +199,7 @@ def _replicas(plan: Plan, writer: StoreWriter, model_config: Any) -> Generator[R
 
     def memory(threads: int) -> int:
         seq_len = max(s.tokens.seq_len for s in open_segments(writer.storage, writer.spec))
-        return replace(replica, threads=threads).needs(writer.spec, seq_len, model_config).total
+        return replace(replica, threads=threads).needs(writer.spec, seq_len, plan.model_config).total
 
     cluster = on_cluster(config)
     with ray_for(config, plan.threads) as ray:
@@ -233,21 +268,18 @@ class _Display:
         now, sums = time.monotonic(), self.sums
         stages = {"forward": sums["forward_s"], "encode": sums["encode_s"], "upload": sums["put_s"]}
         return Outcome(
+            **{name: int(sums[name]) for name in ("bytes_stored", "retries", "nonfinite", "saturated")},
+            forward_s=float(sums["forward_s"]),
+            encode_s=float(sums["encode_s"]),
+            put_s=float(sums["put_s"]),
             buckets=self.outcomes["captured"] + self.outcomes["repaired"],
             buckets_by_others=self.outcomes["by_others"],
+            buckets_repaired=self.outcomes["repaired"],
             rows_captured=sums["rows"],
-            bytes_stored=sums["bytes_stored"],
             seconds=now - began,
             tokens_per_s=sums["rows"] / max(now - (self.ready or began), 1e-9),
-            forward_s=float(stages["forward"]),
-            encode_s=float(stages["encode"]),
-            put_s=float(stages["upload"]),
             bound=max(stages, key=lambda name: stages[name]) if any(stages.values()) else "none",
-            buckets_repaired=self.outcomes["repaired"],
-            retries=sums["retries"],
             workers_lost=pool.losses,
-            nonfinite=sums["nonfinite"],
-            saturated=sums["saturated"],
             taken_over=pool.taken_over,
             nodes_quarantined=len(pool.quarantined),
         )

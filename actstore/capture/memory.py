@@ -64,23 +64,32 @@ class Needs:
 
 
 def needs(
-    spec: StoreSpec, model_config: Any, *, dtype: Precision, seq_len: int, batch_size: int, threads: int, **where: bool
+    spec: StoreSpec,
+    model_config: Any,
+    *,
+    dtype: Precision,
+    seq_len: int,
+    batch_size: int,
+    threads: int,
+    local: bool,
+    on_gpu: bool,
+    gguf: bool = False,
 ) -> Needs:
     """What a replica of this store needs.
 
-    `where` says whether the store is `local`, the model `on_gpu`, and its file a `gguf`. `model_config` is that of the
-    model as it is loaded, `dtype` what it computes in.
+    `local` is whether the store is in a directory, `gguf` whether the model is in such a file. `model_config` is that
+    of the model as it is loaded, `dtype` what it computes in.
     """
     dtype_bytes = 4 if dtype == "float32" else 2
     width = sum(s.d * held_as(s.kind, bfloat16=dtype == "bfloat16").itemsize for s in spec.sites.values())
-    puts = LOCAL_PUTS if where["local"] else REMOTE_PUTS
+    puts = LOCAL_PUTS if local else REMOTE_PUTS
     buffers = (threads + puts) * max(buffer_bytes(a) for a in arrays(spec).values())
-    on_cpu = not where["on_gpu"]
+    on_cpu = not on_gpu
     held = (BATCHES_IN_FLIGHT + on_cpu) * batch_size * seq_len * width
     fixed, loading = PROCESS + buffers + held, 0
-    if on_cpu or where.get("gguf"):
+    if on_cpu or gguf:
         kept = kept_bytes(model_config, dtype_bytes, spec)
-        loading = PROCESS + 2 * parameter_bytes(model_config, dtype_bytes) if where.get("gguf") else 0
+        loading = PROCESS + 2 * parameter_bytes(model_config, dtype_bytes) if gguf else 0
         fixed += (kept + _pass_bytes(model_config, batch_size, seq_len, dtype_bytes)) * on_cpu
     row = 2 * width + PROVENANCE_BYTES
     return Needs(row=row, bucket_rows=min(spec.bucket_rows, spec.rows), fixed=fixed, loading=loading)

@@ -137,7 +137,7 @@ def without_head(model: Any) -> None:
             setattr(whole, part, nn.Identity())
 
 
-def model_identity(name: str, config: Any, dtype: Precision, attention: str) -> dict[str, Any]:
+def model_identity(name: str, config: Any, dtype: Precision, attention: str) -> dict[str, object]:
     """What a store's provenance says about the model: no machine's path, and the same on every machine.
 
     `weights` is the hub's commit, or a digest of size and 64 samples of every local weight file. `batch_dependent` is
@@ -166,7 +166,7 @@ def revision_of(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
-def recorded_revision(recorded: dict[str, Any]) -> str | None:
+def recorded_revision(recorded: dict[str, object]) -> str | None:
     """The hub's commit in what a store says about its model; None if that was a local model."""
     weights = str(recorded.get("weights"))
     return weights if re.fullmatch(r"[0-9a-f]{40}", weights) else None

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from actstore.capture.events import EventLog
 from actstore.capture.replicas import LostError, Replicas
+from actstore.capture.segments import Work
 from actstore.capture.worker import CALLS_IN_FLIGHT, Again, Failure
 from actstore.errors import CaptureError
 
@@ -44,7 +45,7 @@ class Task:
     """A call of a replica's method."""
 
     method: str
-    argument: Any
+    argument: Work | int
     key: int
     """What `Replica.rows_done` knows it by: the bucket."""
     name: str

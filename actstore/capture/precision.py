@@ -37,7 +37,13 @@ class Choice:
 
 
 def choose(
-    asked: DType, saved: Precision | None, model_config: Any, *, device: str, bfloat16_gpu: bool, recorded: Any = None
+    asked: DType,
+    saved: Precision | None,
+    model_config: Any,
+    *,
+    device: str,
+    bfloat16_gpu: bool,
+    recorded: object = None,
 ) -> Choice:
     """Precision and attention of a model on `device`; `StoreError` if the store names an attention that is not known.
 

@@ -5,13 +5,10 @@ bit for bit as it was, and only its damaged objects are put (`actstore.store.mai
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import get_args
 
-from actstore.builtin import model_path
-from actstore.capture.cluster import choose_device
-from actstore.capture.config import RepairConfig
-from actstore.capture.execute import NOTHING, Outcome, Plan, execute
-from actstore.capture.precision import choose
+from actstore.capture.config import Precision, RepairConfig
+from actstore.capture.execute import NOTHING, Outcome, Plan, execute, plan_run
 from actstore.capture.segments import Work, open_segments, work_of
 from actstore.capture.sites import check_sites, parse_sites
 from actstore.errors import StoreError
@@ -20,7 +17,7 @@ from actstore.store import StoreSpec, StoreWriter
 from actstore.store.maintain.repair import commit_version, condemned, restore_derived
 from actstore.store.maintain.verify import verify, verify_bucket
 from actstore.store.read.index import read_spec
-from actstore.store.storage import LocalStorage, open_storage
+from actstore.store.storage import open_storage
 from actstore.tokens import row_starts
 
 
@@ -50,17 +47,12 @@ def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
             f"{storage.url}: {len(found.lost)} damaged objects can't be made again, for example {found.lost[0].key}: "
             f"{found.lost[0].problem}; take them from a copy of the store. Nothing was changed"
         )
-    root = str(storage.root.resolve()) if isinstance(storage, LocalStorage) else url
-    writer = StoreWriter(storage, spec, threads=config.threads)
-    plan, model_config = _plan(config, root, spec) if found.buckets else (None, None)
+    plan = _plan(config, storage.url, spec, progress) if found.buckets else None
     restore_derived(storage, spec, found.derived)
-    if plan is None:
-        writer.finalise()
-        outcome = NOTHING
-    else:
-        progress.say(str(plan.choice))
-        outcome = execute(plan, writer, _work(writer, sorted(found.buckets)), model_config, progress, verb="repair")
-        writer.finalise(rewritten=frozenset(found.buckets))
+    writer, outcome = StoreWriter(storage, spec, threads=config.threads), NOTHING
+    if plan:
+        outcome = execute(plan, writer, _work(writer, sorted(found.buckets)), progress, verb="repair")
+    writer.finalise(rewritten=frozenset(found.buckets))
     if damage and (left := verify(storage, deep=False).damage):
         raise StoreError(f"{storage.url}: {left[0].key} is still damaged: {left[0].problem}; repair it again")
     return RepairSummary(
@@ -71,24 +63,19 @@ def repair(url: str, config: RepairConfig, progress: Progress) -> RepairSummary:
     )
 
 
-def _plan(config: RepairConfig, url: str, spec: StoreSpec) -> tuple[Plan, Any]:
-    """How to run the model that the store was captured with, and its configuration."""
+def _plan(config: RepairConfig, url: str, spec: StoreSpec, progress: Progress) -> Plan:
+    """How to run the model that the store was captured with."""
     from actstore.capture.model import load_config, recorded_revision
 
     about, batch_size = spec.provenance.get("model"), spec.provenance.get("batch_size")
-    if not isinstance(about, dict) or not isinstance(batch_size, int) or about.get("dtype") not in _DTYPES:
+    if not isinstance(about, dict) or not isinstance(batch_size, int) or about.get("dtype") not in get_args(Precision):
         raise StoreError(f"{url}: its provenance names no model, so it was not captured; write the damaged rows again")
-    name = config.model or str(about.get("name"))
-    path = model_path(name)
-    model = str(path.resolve()) if path.exists() and name != "builtin" else name
+    model = config.model or str(about.get("name"))
     model_config = load_config(model, recorded_revision(about))
     check_sites(model_config, parse_sites(spec.sites), model)
-    device = choose_device(config)
-    choice = choose("auto", None, model_config, device=device.kind, bfloat16_gpu=device.bfloat16, recorded=about)
-    return Plan(config=config, model=model, choice=choice, batch_size=batch_size, store=url), model_config
-
-
-_DTYPES = ("bfloat16", "float16", "float32")
+    return plan_run(
+        config, model, model_config, progress, store=url, batch_size=batch_size, dtype="auto", recorded=about
+    )
 
 
 def _work(writer: StoreWriter, buckets: list[int]) -> list[Work]:

@@ -40,7 +40,7 @@ class LocalReplicas:
     def create(self, avoid: Collection[str]) -> Replica:  # noqa: D102, ARG002
         return self._replica  # this process can't be replaced
 
-    def call(self, handle: Replica, method: str, *arguments: Any) -> "Future[Any]":  # noqa: D102
+    def call(self, handle: Replica, method: str, *arguments: object) -> "Future[Any]":  # noqa: D102
         return self._calls.submit(getattr(handle, method), *arguments)
 
     def start(self, handle: Replica, node: str) -> "Future[Any]":  # noqa: D102, ARG002
@@ -127,7 +127,7 @@ class RayReplicas:
         actor = self._actor.options(max_concurrency=concurrency, max_restarts=0, max_task_retries=0, **asked)
         return actor.remote(self.config)
 
-    def call(self, handle: Any, method: str, *arguments: Any) -> Any:
+    def call(self, handle: Any, method: str, *arguments: object) -> Any:
         """Call a method of a replica; the reference that comes back at once is for `wait` and `result`."""
         return getattr(handle, method).remote(*arguments)
 

@@ -8,19 +8,16 @@ import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
-from actstore.builtin import NAME, model_path
-from actstore.capture.cluster import choose_device
 from actstore.capture.config import CaptureConfig
-from actstore.capture.execute import Outcome, Plan, execute
-from actstore.capture.precision import Choice, choose, saved_precision
+from actstore.capture.execute import Outcome, Plan, execute, plan_run
 from actstore.capture.segments import open_segments, segment_prefix, work_of
 from actstore.capture.sites import check_sites, expand_sites
 from actstore.errors import CaptureError, mismatch
 from actstore.progress import Progress
-from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store, open_writer
+from actstore.store import SiteSpec, Storage, StoreSpec, StoreWriter, create_store, open_storage
 from actstore.store.format.spec import GROUP_KEY, comparable
 from actstore.store.read.index import extents_apart, read_spec
-from actstore.store.storage import LocalStorage, open_storage
+from actstore.store.storage import LocalStorage
 from actstore.store.write.extend import extend, extensions
 from actstore.tokens import TokenTable, copy_tokens, open_tokens, row_starts
 
@@ -47,64 +44,56 @@ def capture(config: CaptureConfig, progress: Progress) -> CaptureSummary:
     `ValueError` for sites the model does not have; `CaptureError` if model, tokens and machine do not go together, or a
     worker failed; `TokensError`, `MismatchError` and `StoreError` as their names say. Safe to interrupt at any point.
     """
-    config = _with_absolute_paths(config)
-    recorded = recorded_model(config.out)
-    model_config = _load_config(config.model, recorded)
-    sites = expand_sites(config.sites, model_config)
-    widths = check_sites(model_config, sites, config.model)
+    from actstore.capture.model import load_config, recorded_revision
+
+    storage = open_storage(config.out)
+    recorded = _recorded_model(storage)
+    model_config = load_config(config.model, recorded_revision(recorded))
+    widths = check_sites(model_config, expand_sites(config.sites, model_config), config.model)
     tokens = open_tokens(config.tokens)
     _check_tokens(config, tokens, model_config)
     starts = row_starts(tokens)
-    choice = _choose(config, model_config, recorded)
-    progress.say(str(choice))
-    rows = min(config.rows or int(starts[-1]), int(starts[-1]))
-    spec = _store_spec(config, widths, tokens, rows, model_config, choice, recorded)
+    plan = plan_run(
+        config,
+        config.model,
+        model_config,
+        progress,
+        store=config.out,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        recorded=recorded,
+    )
+    spec = _store_spec(config, widths, tokens, min(config.rows or int(starts[-1]), int(starts[-1])), plan, recorded)
     if spec.provenance["model"].get("batch_dependent"):
         progress.say("a mixture of experts: the rounding of a row depends on its batch, so keep --batch-size")
-    plan = Plan(config=config, model=config.model, choice=choice, batch_size=config.batch_size, store=config.out)
-    plan.check_memory(spec, tokens.seq_len, model_config)
-    _check_disk(config.out, spec)
-    writer = _extended(config, spec) if config.extend else create_store(config.out, spec)
+    plan.check_memory(spec, tokens.seq_len)
+    _check_disk(storage, spec)
+    writer = _extended(storage, spec) if config.extend else create_store(config.out, spec)
     index = len(extensions(writer.spec)) if config.extend else 0
     copy_tokens(tokens, writer.storage, segment_prefix(index))
     segment = open_segments(writer.storage, writer.spec)[index]
     before = writer.committed()
     buckets = (b for b in range(segment.first_bucket, segment.stop_bucket) if b not in before)
     work = work_of(writer.spec, index, segment, starts, buckets)
-    outcome = execute(plan, writer, work, model_config, progress, verb="capture")
+    outcome = execute(plan, writer, work, progress, verb="capture")
     return CaptureSummary(
         store=writer.url,
         rows=writer.spec.planned_rows,
         buckets_before=len(before),
-        device=choice.device,
-        dtype=choice.dtype,
+        device=plan.choice.device,
+        dtype=plan.choice.dtype,
         **vars(outcome),
     )
 
 
-def recorded_model(out: str) -> dict[str, Any]:
-    """What the store at `out` says about the model that began it; empty if there is no store."""
-    storage = open_storage(out)
+def _recorded_model(storage: Storage) -> dict[str, object]:
+    """What the store there says about the model that began it; empty if there is no store."""
     found = read_spec(storage).provenance.get("model") if storage.exists(GROUP_KEY) else None
     return found if isinstance(found, dict) else {}
 
 
-def _choose(config: CaptureConfig, model_config: Any, recorded: dict[str, Any]) -> Choice:
-    """Device, precision and attention of the run; what the store at `out` was begun with, if it exists."""
-    device = choose_device(config)
-    return choose(
-        config.dtype,
-        saved_precision(config.model, model_config),
-        model_config,
-        device=device.kind,
-        bfloat16_gpu=device.bfloat16,
-        recorded=recorded,
-    )
-
-
-def _extended(config: CaptureConfig, wanted: StoreSpec) -> StoreWriter:
+def _extended(storage: Storage, wanted: StoreSpec) -> StoreWriter:
     """The store with these tokens planned in addition; everything else must be as it is there."""
-    storage = open_storage(config.out)
     found = read_spec(storage)
     about = {"tokens": wanted.provenance["tokens"]}
     if found.provenance.get("tokens") == about["tokens"]:
@@ -113,29 +102,12 @@ def _extended(config: CaptureConfig, wanted: StoreSpec) -> StoreWriter:
     if here != asked:
         remedy = "An extension has the settings of the store it extends."
         raise mismatch(f"the store at {storage.url}", comparable(here), comparable(asked), remedy)
-    extend(storage, wanted.rows, about)
-    return open_writer(config.out)
+    return StoreWriter(storage, extend(storage, wanted.rows, about))
 
 
 def _without_tokens(spec: StoreSpec) -> StoreSpec:
     apart = extents_apart(spec)
     return replace(apart, provenance={k: v for k, v in apart.provenance.items() if k != "tokens"})
-
-
-def _load_config(model: str, recorded: dict[str, Any]) -> Any:
-    """The model's configuration, of the commit that the store was begun with if it is a model of the hub."""
-    from actstore.capture.model import load_config, recorded_revision
-
-    return load_config(model, recorded_revision(recorded))
-
-
-def _with_absolute_paths(config: CaptureConfig) -> CaptureConfig:
-    """Workers have another working directory."""
-    storage = open_storage(config.out)
-    out = str(storage.root.resolve()) if isinstance(storage, LocalStorage) else config.out
-    model = model_path(config.model)
-    keep = config.model == NAME or not model.exists()
-    return replace(config, out=out, model=config.model if keep else str(model.resolve()))
 
 
 def _check_tokens(config: CaptureConfig, tokens: TokenTable, model_config: Any) -> None:
@@ -167,13 +139,12 @@ def _store_spec(
     widths: dict[str, int],
     tokens: TokenTable,
     rows: int,
-    model_config: Any,
-    choice: Choice,
-    recorded: dict[str, Any],
+    plan: Plan,
+    recorded: dict[str, object],
 ) -> StoreSpec:
     from actstore.capture.model import model_identity, versions
 
-    identity = model_identity(config.model, model_config, choice.dtype, choice.attention)
+    identity = model_identity(config.model, plan.model_config, plan.choice.dtype, plan.choice.attention)
     if "versions" in config.allow:
         identity |= {name: recorded[name] for name in versions() if name in recorded}
     return StoreSpec(
@@ -198,16 +169,15 @@ def _store_spec(
     )
 
 
-def _unusual(tokens: TokenTable) -> dict[str, Any]:
+def _unusual(tokens: TokenTable) -> dict[str, object]:
     """How the table was made, where that is not as usual; JSON values."""
     usual = {"packing": "joined", "bos": True, "skip_first": 0, "skip_ids": [], "skipped": 0}
     found = {name: getattr(tokens, name) for name in usual} | {"skip_ids": list(tokens.skip_ids)}
     return {name: value for name, value in found.items() if value != usual[name]}
 
 
-def _check_disk(out: str, spec: StoreSpec) -> None:
+def _check_disk(storage: Storage, spec: StoreSpec) -> None:
     """Refuse to begin what can't fit on a local disk, unless it was begun already."""
-    storage = open_storage(out)
     if not isinstance(storage, LocalStorage) or storage.exists(GROUP_KEY):
         return
     there = next(p for p in (storage.root, *storage.root.parents) if p.exists())
@@ -215,6 +185,6 @@ def _check_disk(out: str, spec: StoreSpec) -> None:
     needed = spec.rows * sum(s.d * LEAST_BYTES_PER_VALUE[s.kind] for s in spec.sites.values())
     if needed > free:
         raise CaptureError(
-            f"{out}: {free / 1e9:.3g} GB are free, but {spec.rows:,} rows of {len(spec.sites)} sites need at least "
-            f"{needed / 1e9:.3g} GB; use another --out, fewer sites or --rows"
+            f"{storage.url}: {free / 1e9:.3g} GB are free, but {spec.rows:,} rows of {len(spec.sites)} sites need at "
+            f"least {needed / 1e9:.3g} GB; use another --out, fewer sites or --rows"
         )

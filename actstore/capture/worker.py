@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from actstore.capture.config import Precision
 from actstore.capture.events import without_secrets
 from actstore.capture.memory import Needs, check_memory, needs
-from actstore.capture.segments import Work
+from actstore.capture.segments import Segment, Work
+from actstore.capture.sites import Site
 from actstore.errors import (
     ActstoreError,
     CaptureError,
@@ -36,8 +37,8 @@ from actstore.errors import (
     TokensError,
     mismatch,
 )
-from actstore.store import StoreSpec
-from actstore.store.storage import LocalStorage, open_storage
+from actstore.store import Storage, StoreSpec, StoreWriter, open_storage, open_writer
+from actstore.store.storage import LocalStorage
 from actstore.tokens.tokenizer import one_line
 
 CALLS_IN_FLIGHT = 2
@@ -123,13 +124,13 @@ class _StoppedError(Exception):
 
 
 @dataclass
-class _Loaded:
+class Loaded:
     """Everything that takes long to open."""
 
     model: Any
-    sites: Any
-    writer: Any
-    segments: Any
+    sites: tuple[Site, ...]
+    writer: StoreWriter
+    segments: list[Segment]
 
 
 @dataclass
@@ -139,26 +140,26 @@ class Replica:
     config: ReplicaConfig
     _forward: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "actstore-forward"))
     _rows: dict[int, int] = field(default_factory=dict[int, int])
-    _loaded: _Loaded | None = None
+    _loaded: Loaded | None = None
     _counting: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _retries: int = 0
 
-    def place(self) -> dict[str, Any]:
+    def place(self) -> dict[str, str]:
         """The node that Ray chose, or this machine."""
         ray = sys.modules.get("ray")
         if ray is not None and ray.is_initialized():
             return {"node": ray.get_runtime_context().get_node_id()}
         return {"node": os.uname().nodename}
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: object) -> object:
         """What a method returns, or a `Failure`."""
         try:
             return getattr(self, method)(*arguments)
         except Exception as e:  # noqa: BLE001  torch, drivers and disks raise anything
             return _failure(e, self.config.store)
 
-    def start(self, environment: dict[str, str] | None = None, threads: int | None = None) -> dict[str, Any]:
+    def start(self, environment: dict[str, str] | None = None, threads: int | None = None) -> dict[str, object]:
         """Load the model and open the store; says where it runs, for the log.
 
         `environment` is added to this process's own, before anything reads it; `threads` replaces the configured ones.
@@ -166,7 +167,7 @@ class Replica:
         began = time.perf_counter()
         os.environ.update(environment or {})
         self.config = replace(self.config, threads=threads or self.config.threads)
-        self._forward.submit(self._load).result()
+        self._load()
         return {
             "pid": os.getpid(),
             "host": os.uname().nodename,
@@ -189,7 +190,7 @@ class Replica:
         from actstore.store.write.bucket import WriteTimes, remarks
         from actstore.store.write.protocol import NotWritten
 
-        loaded = self._loaded or self._forward.submit(self._load).result()
+        loaded = self._load()
         writer, by_others = loaded.writer, BucketSummary(work.bucket, work.span.rows, "by_others")
         if not work.keys and writer.is_committed(work.bucket):
             return by_others
@@ -216,26 +217,25 @@ class Replica:
             write_s=time.perf_counter() - began,
             encode_s=times.encode_s / writer.threads,
             put_s=times.put_s / writer.puts,
-            retries=self._new_retries(),
+            retries=self._new_retries(writer.storage),
         )
 
     def consolidate(self, part: int) -> int:
         """Make one part of the manifest, whose buckets are all committed."""
         from actstore.store.write.finalise import write_part
 
-        loaded = self._loaded or self._forward.submit(self._load).result()
+        loaded = self._load()
         write_part(loaded.writer.storage, loaded.writer.spec, part)
         return part
 
-    def _new_retries(self) -> int:
-        assert self._loaded
+    def _new_retries(self, storage: Storage) -> int:
         with self._counting:
-            before, self._retries = self._retries, self._loaded.writer.storage.retries
+            before, self._retries = self._retries, storage.retries
             return self._retries - before
 
     def _rows_of(
-        self, loaded: _Loaded, work: Work, ids: NDArray[np.int32], documents: NDArray[np.int32]
-    ) -> tuple[dict[str, Any], float]:
+        self, loaded: Loaded, work: Work, ids: NDArray[np.int32], documents: NDArray[np.int32]
+    ) -> tuple[dict[str, NDArray[Any]], float]:
         """All arrays of a bucket with these token ids, in stored order, and the seconds that took."""
         from actstore.capture.bucket import bucket_rows
 
@@ -264,22 +264,48 @@ class Replica:
         provenance = {"sequence": rows.sequence + segment.first_sequence, "position": rows.position}
         return {**sites, **provenance, "token_id": rows.token_id}, time.perf_counter() - began
 
-    def _load(self) -> _Loaded:
-        if self._loaded is None:
-            from actstore.capture.model import versions
-            from actstore.capture.segments import open_segments
-            from actstore.capture.sites import parse_sites
-            from actstore.store import open_writer
+    def _load(self) -> Loaded:
+        def once() -> Loaded:
+            self._loaded = self._loaded or load_replica(self.config)
+            return self._loaded
 
-            writer = open_writer(self.config.store, threads=self.config.threads, versions=versions())
-            segments = open_segments(writer.storage, writer.spec)
-            self._loaded = _Loaded(
-                model=load_replica(self.config, writer.spec, max(s.tokens.seq_len for s in segments)),
-                sites=parse_sites(writer.spec.sites),
-                writer=writer,
-                segments=segments,
-            )
-        return self._loaded
+        return self._loaded or self._forward.submit(once).result()
+
+
+def load_replica(config: ReplicaConfig) -> Loaded:
+    """The store and the model, cut off after its deepest site; it must be the store's own, and fit."""
+    import psutil
+    import torch
+
+    from actstore.capture.model import load_config, load_model, model_identity, versions, without_head
+    from actstore.capture.segments import open_segments
+    from actstore.capture.sites import num_layers, parse_sites
+
+    writer = open_writer(config.store, threads=config.threads, versions=versions())
+    spec, segments = writer.spec, open_segments(writer.storage, writer.spec)
+    sites = parse_sites(spec.sites)
+    model_config = load_config(config.model, config.revision)
+    recorded = spec.provenance["model"]
+    here = model_identity(config.model, model_config, config.dtype, config.attention)
+    here["name"] = recorded["name"]  # directories move
+    if config.any_versions:
+        here |= {name: recorded[name] for name in versions() if name in recorded}
+    if here != recorded:
+        remedy = "Give every worker the same model and versions, or accept other versions with --allow versions."
+        raise mismatch("the model on this worker", here, recorded, remedy)
+    needed = config.needs(spec, max(s.tokens.seq_len for s in segments), model_config)
+    check_memory(needed, 1, spec.shard_rows, resident=psutil.Process().memory_info().rss)
+    torch.set_num_threads(config.threads)
+    model = load_model(
+        config.model,
+        config.dtype,
+        config.device,
+        revision=config.revision,
+        attention=config.attention,
+        layers=num_layers(sites),
+    )
+    without_head(model)
+    return Loaded(model, sites, writer, segments)
 
 
 def _failure(error: Exception, store: str) -> Failure:
@@ -296,35 +322,3 @@ def _failure(error: Exception, store: str) -> Failure:
     short = re.sub(r'File "[^"]*?/?((?:[^"/]+/){0,2}[^"/]+)"', r'File "\1"', lines)  # no paths of a machine
     trace = without_secrets(short)[-TRACEBACK_CHARACTERS:]
     return Failure(error=refused, text=without_secrets(text), traceback=trace, everywhere=everywhere)
-
-
-def load_replica(config: ReplicaConfig, spec: Any, seq_len: int) -> Any:
-    """The model, cut off after its deepest site; it must be the one that the store was created for, and fit."""
-    import psutil
-    import torch
-
-    from actstore.capture.model import load_config, load_model, model_identity, versions, without_head
-    from actstore.capture.sites import num_layers, parse_sites
-
-    model_config = load_config(config.model, config.revision)
-    recorded = spec.provenance["model"]
-    here = model_identity(config.model, model_config, config.dtype, config.attention)
-    here["name"] = recorded["name"]  # directories move
-    if config.any_versions:
-        here |= {name: recorded[name] for name in versions() if name in recorded}
-    if here != recorded:
-        remedy = "Give every worker the same model and versions, or accept other versions with --allow versions."
-        raise mismatch("the model on this worker", here, recorded, remedy)
-    needed = config.needs(spec, seq_len, model_config)
-    check_memory(needed, 1, spec.shard_rows, resident=psutil.Process().memory_info().rss)
-    torch.set_num_threads(config.threads)
-    model = load_model(
-        config.model,
-        config.dtype,
-        config.device,
-        revision=config.revision,
-        attention=config.attention,
-        layers=num_layers(parse_sites(spec.sites)),
-    )
-    without_head(model)
-    return model

@@ -7,7 +7,6 @@ no longer than its chunk can take, and the zstd frame in it must declare the chu
 import json
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
 import zstandard
@@ -66,7 +65,7 @@ class TableArray:
         """Object name of a chunk."""
         return f"{self.name}/c/{index}" + "/0" * (len(self.shape) - 1)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """The array's `zarr.json`."""
         zstd = [{"name": "zstd", "configuration": {"level": _LEVEL, "checksum": False}}] if self._compressed else []
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *zstd, {"name": "crc32c"}]

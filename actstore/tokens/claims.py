@@ -3,14 +3,14 @@
 A file may claim some memory for nothing, and beyond that only in proportion to the bytes that it has.
 
 pyarrow takes a header's word: a page or buffer of a few kB may claim, and zstd may fill, gigabytes. It also ends the
-process (26.0) when it is asked about columns whose metadata is malformed, so footers are read here. Formats:
+process (26.0.1) when it is asked about a column whose size statistics are damaged, so footers are read here. Formats:
 apache/parquet-format, `parquet.thrift` (compact protocol); apache/arrow, `format/Message.fbs` (flatbuffers).
 """
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,7 +48,7 @@ class GroupClaims:
     """All pages."""
 
 
-def group_claims(raw: Any, file: pq.ParquetFile, columns: list[str], stored: int) -> Iterator[GroupClaims]:
+def group_claims(raw: IO[bytes], file: pq.ParquetFile, columns: list[str], stored: int) -> Iterator[GroupClaims]:
     """What the pages of these columns claim, for each row group of `file`, which is `raw`, of `stored` bytes.
 
     One of `DAMAGED` for headers that make no sense, and for a page or list that claims more than `decoded_limit`.
@@ -77,7 +77,7 @@ def group_claims(raw: Any, file: pq.ParquetFile, columns: list[str], stored: int
         yield claims
 
 
-def check_messages(raw: Any, stored: int) -> None:
+def check_messages(raw: IO[bytes], stored: int) -> None:
     """Check that no message of an arrow stream of `stored` bytes decodes to more than `decoded_limit`; `DAMAGED`."""
     try:
         while raw.tell() < stored:
@@ -97,26 +97,20 @@ def _check(claimed: int, stored: int) -> None:
         )
 
 
-def _read(raw: Any, at: int, size: int) -> bytes:
+def _read(raw: IO[bytes], at: int, size: int) -> bytes:
     if at < 0:
         raise ValueError("a header points before the file")
     raw.seek(at)
     return raw.read(size)
 
 
-def _page_header(raw: Any, at: int) -> tuple[dict[int, Any], int]:
+def _page_header(raw: IO[bytes], at: int) -> tuple[dict[int, Any], int]:
     """The header of the page at `at`, and where it ends."""
-    size = _HEADER_BYTES
-    while True:
-        data = _read(raw, at, size)
-        try:
-            header, length = _thrift(data, 0)
-        except IndexError:
-            if len(data) < size or size >= _MAX_HEADER_BYTES:
-                raise
-            size *= 16
-        else:
-            return header, at + length
+    try:
+        header, length = _thrift(_read(raw, at, _HEADER_BYTES), 0)
+    except IndexError:  # it holds long statistics
+        header, length = _thrift(_read(raw, at, _MAX_HEADER_BYTES), 0)
+    return header, at + length
 
 
 def _thrift(data: bytes, at: int) -> tuple[dict[int, Any], int]:
@@ -161,7 +155,7 @@ def _thrift(data: bytes, at: int) -> tuple[dict[int, Any], int]:
     return fields, at + 1
 
 
-def _unpacked(message: bytes, body: Any) -> int:
+def _unpacked(message: bytes, body: pa.Buffer) -> int:
     """Bytes that the buffers of a record or dictionary batch claim to unpack to; 0 if they are not compressed."""
 
     def number(code: str, at: int) -> int:

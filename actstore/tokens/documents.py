@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,7 +83,7 @@ def _documents(file: SourceFile, text_column: str, start: int) -> Iterator[Docum
         raise TokensError(f"{file.name}: the file is damaged or not what its name says: {one_line(e)}") from e
 
 
-def _stream(file: SourceFile, raw: Any) -> io.BufferedReader:
+def _stream(file: SourceFile, raw: IO[bytes]) -> io.BufferedReader:
     """Arrow's streams notice a compressed file that ends too early, zstandard's do not."""
     kind = _COMPRESSIONS.get(file.path.rpartition(".")[2])
     return io.BufferedReader(pa.CompressedInputStream(raw, kind) if kind else raw)  # pyright: ignore[reportArgumentType]
@@ -99,7 +99,7 @@ def _too_long(file: SourceFile) -> str:
     return f"one document of more than {_limit(file)} bytes in a file of {file.size}; cut it into several"
 
 
-def _from_table(file: SourceFile, raw: Any, text_column: str, start: int) -> Iterator[Document]:
+def _from_table(file: SourceFile, raw: IO[bytes], text_column: str, start: int) -> Iterator[Document]:
     rows = _parquet_rows if file.kind == "parquet" else _arrow_rows
     for record, batch, share in rows(file, raw, text_column, start):
         columns = {name: _checked(batch.column(name)) for name in batch.schema.names}
@@ -114,7 +114,7 @@ _Rows = Iterator[tuple[int, pa.RecordBatch, float]]
 """The first record of a batch, the columns that are read, and each record's share of the file's bytes."""
 
 
-def _parquet_rows(file: SourceFile, raw: Any, text_column: str, start: int) -> _Rows:
+def _parquet_rows(file: SourceFile, raw: IO[bytes], text_column: str, start: int) -> _Rows:
     """Records of the row groups that end after `start`; no batch decodes to more than it should."""
     table = pq.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False)
     columns = _columns(file, table.schema_arrow.names, text_column)
@@ -129,7 +129,7 @@ def _parquet_rows(file: SourceFile, raw: Any, text_column: str, start: int) -> _
             record += claims.rows
 
 
-def _arrow_rows(file: SourceFile, raw: Any, text_column: str, start: int) -> _Rows:
+def _arrow_rows(file: SourceFile, raw: IO[bytes], text_column: str, start: int) -> _Rows:
     """The same of an arrow stream, which does not tell its length; the position in the file does as well."""
     check_messages(raw, file.size)
     raw.seek(0)
@@ -167,7 +167,7 @@ def _checked(column: pa.Array) -> pa.Array:
 
 
 def _from_lines(
-    file: SourceFile, raw: Any, stream: io.BufferedReader, text_column: str, start: int
+    file: SourceFile, raw: IO[bytes], stream: io.BufferedReader, text_column: str, start: int
 ) -> Iterator[Document]:
     """A document for each line; of one that is too long no more than the limit is held."""
     record, before, limit = -1, 0, _limit(file)
@@ -182,7 +182,7 @@ def _from_lines(
             yield _document(file, f"{file.name}, line {record + 1}", record, row, text_column, size, problem)
 
 
-def _parsed(line: bytes, text_column: str) -> tuple[dict[str, Any], str]:
+def _parsed(line: bytes, text_column: str) -> tuple[dict[str, object], str]:
     """The object that a line holds, and what is wrong with it."""
     try:
         row = json.loads(line)
@@ -196,7 +196,7 @@ def _parsed(line: bytes, text_column: str) -> tuple[dict[str, Any], str]:
 
 
 def _document(
-    file: SourceFile, place: str, record: int, row: dict[str, Any], text_column: str, size: float, problem: str = ""
+    file: SourceFile, place: str, record: int, row: dict[str, object], text_column: str, size: float, problem: str = ""
 ) -> Document:
     """The document in a record: its text, or its ids where it has no text."""
     content: str | list[int] = ""

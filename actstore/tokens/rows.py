@@ -56,10 +56,3 @@ def rows_in(ids: NDArray[np.int32], documents: NDArray[np.int32], rule: RowRule,
     sequence, position = sequence[chosen], position[chosen]
     token_id = ids[sequence, position]
     return Rows((sequence + span.first_sequence).astype(np.int32), position.astype(np.int32), token_id)
-
-
-def rows_of(table: TokenTable, starts: NDArray[np.int64], first_row: int, stop_row: int) -> Rows:
-    """Sequence, position and token of rows [first_row, stop_row)."""
-    span = span_of(starts, first_row, stop_row)
-    sequences = span.first_sequence, span.stop_sequence
-    return rows_in(table.ids(*sequences), table.documents(*sequences), table.rule, span)

@@ -53,7 +53,7 @@ class SourceFile:
         """The suffix without that of a compression."""
         return self.path.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, str | int]:
         """Name, bytes, and a digest of the file's first and last 64 KiB: enough to notice another file."""
         head = self.fs.cat_file(self.path, start=0, end=_SAMPLE_BYTES)
         tail = self.fs.cat_file(self.path, start=max(0, self.size - _SAMPLE_BYTES), end=self.size)
@@ -74,14 +74,11 @@ class Sources:
 
     def notes(self) -> list[str]:
         """A line on each kind of file that is not read as asked."""
-        lines: list[str] = []
-        if self.unread:
-            lines.append(
-                f"files in the sources' directories that are not read: {len(self.unread)} ({named(self.unread)})"
-            )
-        if self.repeated:
-            lines.append(f"files that are named again and read once: {len(self.repeated)} ({named(self.repeated)})")
-        return lines
+        kinds = {
+            "files in the sources' directories that are not read": self.unread,
+            "files that are named again and read once": self.repeated,
+        }
+        return [f"{what}: {len(names)} ({named(names)})" for what, names in kinds.items() if names]
 
 
 def named(names: list[str]) -> str:
@@ -197,7 +194,7 @@ def _listed(fs: Any, path: str, key: str, source: str) -> list[str]:
         raise TokensError(f"{source}: {path.rpartition('/')[2]} is none that datasets.save_to_disk writes") from e
 
 
-def identities(files: list[SourceFile]) -> list[dict[str, Any]]:
+def identities(files: list[SourceFile]) -> list[dict[str, str | int]]:
     """What a token table records of its sources: every file, or one digest for all where there are very many."""
     with ThreadPoolExecutor(_READERS) as pool:
         each = list(pool.map(SourceFile.identity, files))

@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +55,7 @@ class State:
 
 @contextmanager
 def open_spool(
-    storage: Storage, settings: dict[str, Any], say: Callable[[str], None], *, may_skip: bool
+    storage: Storage, settings: dict[str, object], say: Callable[[str], None], *, may_skip: bool
 ) -> Generator["Spool"]:
     """The spool of a table, with what an earlier run of the same settings left; deleted if the block succeeds.
 
@@ -114,7 +113,7 @@ def _lock(folder: Path, url: str) -> int:
 class Spool:
     """Files that grow, and the state up to which they are good."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, may_skip: bool) -> None:
+    def __init__(self, folder: Path, settings: dict[str, object], *, may_skip: bool) -> None:
         """Go on with what is in `folder`, if it was made with these settings."""
         self._folder, self._settings = folder, settings
         self.state = self._read(may_skip=may_skip)
@@ -146,15 +145,9 @@ class Spool:
         self._ids.write(ids.tobytes())
         self._document.write(numbers.tobytes())
         if documents:
-            columns: list[list[Any]] = [
-                list(range(first, first + len(documents))),
-                [d.file for d in documents],
-                [d.record for d in documents],
-                [d.source for d in documents],
-                [d.title for d in documents],
-            ]
-            arrays = [pa.array(c, t) for c, t in zip(columns, DOCUMENT_COLUMNS.types, strict=True)]
-            self._names.write(pa.record_batch(arrays, schema=DOCUMENT_COLUMNS).serialize())
+            columns: dict[str, list[object]] = {"document": list(range(first, first + len(documents)))}
+            columns |= {name: [getattr(d, name) for d in documents] for name in DOCUMENT_COLUMNS.names[1:]}
+            self._names.write(pa.RecordBatch.from_pydict(columns, schema=DOCUMENT_COLUMNS).serialize())
 
     def save(self, state: State) -> None:
         """Make all that was appended last, as what `state` stands for."""
@@ -180,9 +173,7 @@ class Spool:
     def tail(self, width: int) -> NDArray[np.int32]:
         """Saved document numbers after the last whole run of `width`."""
         n = self.state.tokens % width
-        with (self._folder / "document").open("rb") as f:
-            f.seek(4 * (self.state.tokens - n))
-            return np.frombuffer(f.read(4 * n), np.int32)
+        return np.fromfile(self._folder / "document", np.int32, n, offset=4 * (self.state.tokens - n))
 
     def documents(self) -> Path:
         """The names as a parquet file."""

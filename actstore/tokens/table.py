@@ -5,13 +5,15 @@ without that last object does not exist. Everything that is read is checked befo
 field, arrays and chunks as `arrays.py` says, the parquet file by the sizes of its pages.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
-from typing import Any, get_args
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,51 +48,57 @@ _MAKE_ONE = "make one with: actstore tokenize TEXT --tokenizer T --out URL"
 _MAX_GROUP_BYTES, _MAX_DOCUMENTS_BYTES = 1 << 23, 1 << 31
 _COPIES = 16
 """Objects that are copied at a time."""
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenTable:
-    """A committed token table; reads are independent of each other and thread-safe."""
+class Attributes:
+    """What the group says about a table."""
 
-    fingerprint: str
+    fingerprint: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     """BLAKE2b-128 of ids, documents, special ids and row rule: what a store's provenance names."""
-    seq_len: int
-    sequences: int
-    tokens: int
+    seq_len: Annotated[int, msgspec.Meta(ge=MIN_SEQ_LEN, le=MAX_SEQ_LEN)]
+    sequences: Annotated[int, msgspec.Meta(ge=1, le=MAX_SEQUENCES)]
+    tokens: Annotated[int, msgspec.Meta(ge=1)]
     """Rows: positions that are kept."""
-    max_id: int
+    max_id: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     """The greatest token id: a model needs a vocabulary above it."""
-    vocab_size: int
+    vocab_size: Annotated[int, msgspec.Meta(ge=1)]
     """The tokenizer's, added tokens included."""
     tokenizer: str
     tokenizer_digest: str
     """See `Tokenizer.digest`."""
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
+    bos_id: Natural | None
+    eos_id: Natural | None
+    pad_id: Natural | None
     seed: int
-    sources: list[dict[str, Any]] = field(repr=False)
+    sources: list[dict[str, str | int]] = field(repr=False)
     text_column: str
     packing: Packing = "joined"
     bos: bool = True
     """Whether packing put BOS first, if there is one."""
-    skip_first: int = 0
-    skip_ids: tuple[int, ...] = ()
-    skipped: int = 0
+    skip_first: Natural = 0
+    skip_ids: tuple[Natural, ...] = ()
+    skipped: Natural = 0
     """Malformed documents that were left out."""
-    left_out: int = 0
+    left_out: Natural = 0
     """Tokens of an incomplete last sequence, which are not in the table because nothing could pad it."""
-    special: int = 0
+    special: Natural = 0
     """BOS, EOS and padding found in `input_ids`: never rows, and in the table only with packing `ready`."""
-    empty_files: int = 0
+    empty_files: Natural = 0
     """Source files in which no document held text."""
-    unread: int = 0
+    unread: Natural = 0
     """Files in the sources' directories that are not read: of no known form, hidden, temporary, or of other tables."""
     unread_first: tuple[str, ...] = ()
     """Names of the first of them."""
-    repeated: int = 0
+    repeated: Natural = 0
     """Source files that were named more than once; each is read once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTable(Attributes):
+    """A committed token table; reads are independent of each other and thread-safe."""
+
     storage: Storage = field(repr=False, compare=False)
     prefix: str = field(default="", repr=False, compare=False)
 
@@ -104,9 +112,9 @@ class TokenTable:
         """Which positions are rows."""
         return RowRule(ids=self.skip_ids, first_positions=self.skip_first)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """What the table holds, what it leaves out and why."""
-        figures = {n: getattr(self, n) for n in ("sequences", "seq_len", "tokens", *COUNTS)}
+        figures: dict[str, object] = {n: getattr(self, n) for n in ("sequences", "seq_len", "tokens", *COUNTS)}
         return figures | {"unread_first": ", ".join(self.unread_first), "fingerprint": self.fingerprint}
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
@@ -140,7 +148,7 @@ class TokenTable:
             file = pq.ParquetFile(
                 pa.BufferReader(data), read_dictionary=["file", "source", "title"], page_checksum_verification=True
             )
-            names, raw = DOCUMENT_COLUMNS.names, pa.BufferReader(data)
+            names, raw = DOCUMENT_COLUMNS.names, io.BytesIO(data)
             claimed = sum(claims.total for claims in group_claims(raw, file, names, len(data)))
             claimed += 24 * file.metadata.num_rows  # a number, or a place in a dictionary, for each column
             if file.schema_arrow.names != names or claimed > decoded_limit(len(data)):
@@ -179,9 +187,7 @@ class TokenTable:
         return out
 
 
-DEFAULTS: dict[str, Any] = {
-    f.name: f.default for f in fields(TokenTable) if f.default is not MISSING and f.name != "prefix"
-}
+DEFAULTS: dict[str, object] = {f.name: f.default for f in fields(Attributes) if f.default is not MISSING}
 """Attributes that a table does not name where they have these values; tables older than an attribute read so too."""
 
 
@@ -204,43 +210,25 @@ def open_tokens(source: str | Storage, prefix: str = "") -> TokenTable:
         raise TokensError(f"{storage.url}: this is an activation store; its token table is at {storage.url}/tokens")
     if not isinstance(data, dict):
         raise TokensError(f"{storage.url}: a zarr group without {ATTRIBUTE!r}, not a token table; {_MAKE_ONE}")
-    return TokenTable(**_checked(data, f"{storage.url}: {ATTRIBUTE}"), storage=storage, prefix=prefix)
+    return TokenTable(**vars(_checked(data, f"{storage.url}: {ATTRIBUTE}")), storage=storage, prefix=prefix)
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
-    if data.get("format_version") != FORMAT_VERSION:
-        found = data.get("format_version")
+def _checked(data: dict[str, object], where: str) -> Attributes:
+    """The attributes; `TokensError` for those of another version, or that can't be."""
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
         raise TokensError(
-            f"{where}: format version is {found!r}, this actstore reads {FORMAT_VERSION}; update actstore"
+            f"{where}: format version is {version!r}, this actstore reads {FORMAT_VERSION}; update actstore"
         )
     values = DEFAULTS | {k: v for k, v in data.items() if k != "format_version"}
-    names = {f.name for f in fields(TokenTable)} - {"storage", "prefix"}
+    names = {f.name for f in fields(Attributes)}
     if values.keys() != names:
         raise TokensError(f"{where}: fields are {sorted(values)}, expected {sorted(names)}")
-    checks = {
-        "seq_len": _whole(values["seq_len"], MIN_SEQ_LEN) and values["seq_len"] <= MAX_SEQ_LEN,
-        "sequences": _whole(values["sequences"], 1) and values["sequences"] <= MAX_SEQUENCES,
-        **{name: _whole(values[name], 1) for name in ("tokens", "vocab_size")},
-        "max_id": _whole(values["max_id"], 0) and values["max_id"] < 1 << 31,
-        "seed": _whole(values["seed"], -(1 << 63)),
-        **{name: values[name] is None or _whole(values[name], 0) for name in ("bos_id", "eos_id", "pad_id")},
-        **{name: isinstance(values[name], str) for name in ("tokenizer", "tokenizer_digest", "text_column")},
-        "fingerprint": isinstance(values["fingerprint"], str) and bool(_FINGERPRINT.fullmatch(values["fingerprint"])),
-        "packing": values["packing"] in get_args(Packing),
-        "bos": isinstance(values["bos"], bool),
-        "skip_ids": isinstance(values["skip_ids"], (list, tuple)) and all(_whole(i, 0) for i in values["skip_ids"]),
-        "unread_first": isinstance(values["unread_first"], (list, tuple)),
-        **{name: _whole(values[name], 0) for name in ("skip_first", *COUNTS)},
-        "sources": isinstance(values["sources"], list) and all(isinstance(s, dict) for s in values["sources"]),
-    }
-    for name, good in checks.items():
-        if not good:
-            raise TokensError(f"{where}: {name} is {values[name]!r:.200}, which can't be; the table is damaged")
-    return values | {"skip_ids": tuple(values["skip_ids"]), "unread_first": tuple(map(str, values["unread_first"]))}
+    try:
+        return msgspec.convert(values, Attributes)
+    except msgspec.ValidationError as e:
+        name = re.split(r"\W+", str(e).rpartition("$.")[2])[0]
+        raise TokensError(f"{where}: {name} is {values.get(name)!r:.200}, which can't be; the table is damaged") from e
 
 
 def _what_is_there(storage: Storage) -> str:

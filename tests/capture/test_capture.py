@@ -21,7 +21,7 @@ import torch
 import zarr
 from conftest import without_mark
 from rich.console import Console
-from tiny import config_of, model_of, save, save_gguf, tokenizer_of
+from tiny import config_of, model_of, rows_of, save, save_gguf, tokenizer_of
 
 from actstore import keyed
 from actstore.capture import CaptureConfig, bucket, capture, parse_sites
@@ -41,7 +41,7 @@ from actstore.store.maintain.verify import verify
 from actstore.store.read.index import read_record
 from actstore.store.storage import PARTIAL, open_storage
 from actstore.store.write import finalise, protocol
-from actstore.tokens import TokenizeConfig, TokenTable, open_tokens, row_starts, rows_of, span_of, tokenize
+from actstore.tokens import TokenizeConfig, TokenTable, open_tokens, row_starts, span_of, tokenize
 from actstore.tokens.tokenizer import load_tokenizer
 
 TEXTS = [f"Document {i}: the quick brown fox, {'jumps over ' * (i % 13)}the lazy dog.\n\nEnd {i}." for i in range(120)]

@@ -11,10 +11,11 @@ import zarr
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import LAYERS, MULTIMODAL, VARIANTS, config_of, model_of, save
+from tiny import LAYERS, MULTIMODAL, VARIANTS, config_of, model_of, save, tokenizer_of
 from torch import nn
 
 from actstore.capture import CaptureConfig, capture
+from actstore.capture import execute as execute_module
 from actstore.capture.forward import activations, decoder_of
 from actstore.capture.memory import _pass_bytes
 from actstore.capture.model import load_config, load_model, model_identity, revision_of, with_layers
@@ -155,6 +156,42 @@ def test_a_hub_revision_decides_on_configuration_and_weights(hub, revision):
     assert model_identity("lab/tiny", config, "float32", "default")["weights"] == revision_of(config)
     sites = parse_sites("resid_post.1")
     assert same(activations(load_model("lab/tiny", revision=revision), IDS, sites), activations(expected, IDS, sites))
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
+def test_a_capture_keeps_the_revision_that_it_was_begun_with(hub, tmp_path, in_process, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(TEXTS))
+    tokenizer_of(TEXTS).save_pretrained(tmp_path / "tokenizer")
+    tokens = TokenizeConfig(
+        sources=(str(text),), tokenizer=str(tmp_path / "tokenizer"), seq_len=16, out=str(tmp_path / "tokens")
+    )
+    table = tokenize(tokens, QUIET)
+    config = CaptureConfig(
+        model="lab/tiny",
+        tokens=tokens.out,
+        sites=("resid_post.1",),
+        out=str(tmp_path / "store"),
+        encoding="f32",
+        bucket_rows=128,
+        shard_rows=128,
+        chunk_rows=64,
+        device="cpu",
+        dtype="float32",
+    )
+    with monkeypatch.context() as patch, pytest.raises(CaptureError, match="not complete"):
+        patch.setattr(execute_module.Pool, "run", lambda *_: None)  # it ends before any bucket is captured
+        capture(config, QUIET)
+    (tmp_path / "models--lab--tiny" / "refs" / "main").write_text("b" * 40)
+    assert revision_of(load_config("lab/tiny")) == "b" * 40
+    capture(config, QUIET)
+    assert open_store(config.out).spec.provenance["model"]["weights"] == "a" * 40
+    group = zarr.open_group(config.out, mode="r")
+    ids = torch.from_numpy(table.ids(0, config.batch_size)).long()
+    values = activations(hub["main"], ids, parse_sites("resid_post.1"))["resid_post.1"]
+    first = group["sequence"][:] < config.batch_size
+    place = torch.from_numpy(group["sequence"][:][first]), torch.from_numpy(group["position"][:][first])
+    assert torch.equal(torch.from_numpy(group["resid_post.1"][:][first]), values[place])
 
 
 def test_a_hub_revision_that_is_not_there_is_refused(hub):

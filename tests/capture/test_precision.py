@@ -143,7 +143,7 @@ def loaded(store, tmp_path):
 
     about = open_store(store).provenance["model"]
     config = ReplicaConfig(str(tmp_path / "gemma"), None, about["dtype"], about["attention"], "cpu", store, 4, 1)
-    return load_replica(config, open_store(store).spec, 32)
+    return load_replica(config).model
 
 
 def test_a_store_that_was_begun_on_another_processor_is_continued_as_it_was(run, monkeypatch):

@@ -293,11 +293,24 @@ def test_replay_repeats_resident_batches(known: Known) -> None:
         list(ds)
 
 
-def slow(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, seconds: float) -> None:
+class OwnClock(threading.local):
+    """A clock of each thread, of the time that the thread itself used or slept: other programs don't make it late."""
+
+    slept = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.slept += seconds
+
+    def now(self) -> float:
+        return time.thread_time() + self.slept
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, clock: OwnClock, target: Any, name: str, seconds: float) -> None:
     plain = getattr(target, name)
 
     def slowed(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(seconds)
+        clock.sleep(seconds)
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(target, name, slowed)
@@ -306,20 +319,25 @@ def slow(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, seconds: float
 @pytest.mark.parametrize("fetchers", [None, 2])
 @pytest.mark.parametrize("stage", ["fetch", "decode", "gather", "consumer"])
 def test_the_bound_is_named(known: Known, stage: str, fetchers: int | None, monkeypatch: Any, caplog: Any) -> None:
+    list(dataset(known.url))  # loads compiled code
+    clock, wall, consumer = OwnClock(), time.perf_counter, threading.current_thread()
+    monkeypatch.setattr(time, "perf_counter", lambda: wall() if threading.current_thread() is consumer else clock.now())
     if stage == "fetch":
-        slow(monkeypatch, LocalStorage, "get_range", 0.01)
-        slow(monkeypatch, maps.Maps, "chunk", 0.01)
+        slow(monkeypatch, clock, LocalStorage, "get_range", 0.01)
+        slow(monkeypatch, clock, maps.Maps, "chunk", 0.01)
     if stage == "decode":
-        slow(monkeypatch, codec, "decode_payload", 0.01)
+        slow(monkeypatch, clock, codec, "decode_payload", 0.01)
     if stage == "gather":
-        slow(monkeypatch, memory, "gather", 0.02)
-    monkeypatch.setattr(dataset_module, "WARN_AFTER_S", 0.3)
+        slow(monkeypatch, clock, memory, "gather", 0.02)
+    monkeypatch.setattr(dataset_module, "WARN_AFTER_S", 0.2)
     with caplog.at_level(logging.WARNING, "actstore.stream"):
-        ds = actstore.ActivationDataset(
-            known.url, sites=SITE, batch_size=16, settings=Settings(threads=2, max_inflight=fetchers)
-        )
+        settings = Settings(threads=2, max_inflight=fetchers)
+        ds = actstore.ActivationDataset(known.url, sites=SITE, batch_size=16, settings=settings)
+        waited = 0.0
         for _ in ds:
-            time.sleep(0.03 if stage == "consumer" else 0.0)
+            before, waited = waited, ds.meter.wait_s
+            if stage == "consumer":
+                time.sleep(0.01 + 30 * (waited - before))  # however late its batch was, it is the slower one
         assert ds.stats()["bound"] == stage
     warned = [r.message for r in caplog.records if "the consumer waited" in r.message]
     assert len(warned) == (stage != "consumer")

@@ -14,11 +14,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny import tokenizer_of
+from tiny import rows_of, tokenizer_of
 
 from actstore.errors import TokensError
 from actstore.progress import Progress
-from actstore.tokens import TokenizeConfig, build, documents, open_tokens, row_starts, rows_of, tokenize
+from actstore.tokens import TokenizeConfig, build, documents, open_tokens, row_starts, tokenize
 from actstore.tokens.sources import find_sources
 from actstore.tokens.tokenizer import load_tokenizer
 

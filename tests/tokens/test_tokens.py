@@ -14,7 +14,7 @@ from conftest import clear_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny import tokenizer_of
+from tiny import rows_of, tokenizer_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ from actstore import keyed
 from actstore.errors import IntegrityError, MismatchError, StoreError, TokensError
 from actstore.progress import Progress
 from actstore.store.storage import open_storage
-from actstore.tokens import RowRule, TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, rows_of, tokenize
+from actstore.tokens import RowRule, TokenizeConfig, copy_tokens, kept, open_tokens, row_starts, tokenize
 from actstore.tokens.pack import Layout, framed, pack
 from actstore.tokens.rule import leading_padding
 from actstore.tokens.tokenizer import load_tokenizer
