@@ -65,7 +65,7 @@ class Report:
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-PACKAGES = ("actstore", "numpy", "numcodecs", "zstandard", "numba", "torch", "transformers", "zarr", "fsspec")
+PACKAGES = ("actstore", "numpy", "numcodecs", "zstandard", "numba", "torch", "transformers", "zarr", "gcsfs", "obstore")
 
 
 def machine() -> dict[str, Any]:
