@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -19,36 +19,40 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from actstore.errors import StreamError, mismatch, warn
-from actstore.store.format.spec import PROVENANCE_ARRAYS
 from actstore.store.read.join import reopen
-from actstore.store.read.store import Store, open_store
+from actstore.store.read.store import Store
 from actstore.stream import explain, plan, ranks
-from actstore.stream.columns import STACK, Column, normalising_factor, parse_device, parse_dtype, tensors_of
+from actstore.stream.columns import STACK, Column, parse_device, parse_dtype
 from actstore.stream.device import DeviceMemory, hand_over
-from actstore.stream.filter import RowFilter, Split, max_norms, whole_numbers
+from actstore.stream.filter import Split, whole_numbers
 from actstore.stream.isolate import IsolatedPipeline, IsolatedProcess
 from actstore.stream.maps import Maps
 from actstore.stream.memory import HostMemory, Memory, Recycler
 from actstore.stream.meter import STALL, Meter
-from actstore.stream.part import Part
+from actstore.stream.part import (
+    Exhausted,
+    Opened,
+    Wanted,
+    global_batch_size,
+    mean_sq_norm,
+    opened,
+    parts_of,
+    plan_json,
+    steps_of,
+)
 from actstore.stream.pipeline import Pipeline, Reading
-from actstore.stream.plan import Plan
 from actstore.stream.settings import Settings
 from actstore.stream.source import Source
 
 log = logging.getLogger("actstore.stream")
 
 STATE_VERSION = 1
-BATCH_SIZE = 4096
-SHUFFLE_CHUNKS = 64
 WARN_AFTER_S = 10.0
 """Seconds of loops before their consumer is told that it waits."""
 WARN_AFTER_BATCHES = 20
 """And batches: the first one always takes a while."""
 Dtype = Literal["bfloat16", "float16", "float32"]
 MakeMemory: TypeAlias = Callable[[str, Mapping[str, Column], int], Memory]
-Exhausted = Literal["stop", "repeat"]
-Opened: TypeAlias = str | os.PathLike[str] | Store
 _LIVE: "weakref.WeakSet[ActivationDataset]" = weakref.WeakSet()
 
 
@@ -134,137 +138,59 @@ class ActivationDataset(IterableDataset[Any]):
 
         """
         super().__init__()
-        stores, weights = _opened(url)
-        self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
-        self.settings, self._single = settings, isinstance(sites, str) and not with_rows
-        self._given_rank = (rank, world_size)
-        if normalize not in (None, "unit_mean_square"):
-            raise ValueError(f"normalize is {normalize!r}, expected 'unit_mean_square' or None")
-        if exhausted not in ("stop", "repeat"):
-            raise ValueError(f"exhausted is {exhausted!r}, expected 'stop' or 'repeat'")
+        stores, weights = opened(url)
+        self.settings, self._given_rank, self._device = settings, (rank, world_size), parse_device(device)
+        self.sites: tuple[str, ...] = (sites,) if isinstance(sites, str) else tuple(sites)
+        self._single = isinstance(sites, str) and not with_rows
         if settings.isolate and any(store.url.startswith("memory://") for store in stores):
             raise ValueError("isolate needs a store that another process can open; memory:// is in this one")
-        self._arguments: dict[str, Any] = {
-            "sites": list(self.sites) if not isinstance(sites, str) else sites,
-            "batch_size": self._batch_size(batch_size, per_rank_batch_size),
-            "seed": seed, "shuffle": shuffle, "drop_last": drop_last, "with_rows": with_rows, "stack": stack,
-            "steps": steps, "max_rows": max_rows, "dtype": _dtype_name(dtype), "normalize": normalize,
-            "drop_positions": list(drop_positions), "drop_tokens": list(drop_tokens),
-            "max_norm": dict(max_norm) if isinstance(max_norm, Mapping) else max_norm,
-            "drop_nonfinite": drop_nonfinite, "held_out": held_out, "split": split, "streams": streams,
-            "shuffle_chunks": shuffle_chunks, "exhausted": exhausted,
-        }  # fmt: skip
-        self._stack, self._exhausted, self._device = stack, exhausted, parse_device(device)
+        self._wanted = Wanted(
+            sites=self.sites,
+            batch_size=global_batch_size(batch_size, per_rank_batch_size, self._place()[1]),
+            seed=seed,
+            steps=steps,
+            max_rows=max_rows,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            with_rows=with_rows,
+            stack=stack,
+            dtype=parse_dtype(dtype),
+            normalize=normalize is not None,
+            drop_positions=whole_numbers("drop_positions", drop_positions),
+            drop_tokens=whole_numbers("drop_tokens", drop_tokens),
+            max_norm=max_norm,
+            drop_nonfinite=drop_nonfinite,
+            held_out=held_out,
+            split=split,
+            streams=streams,
+            shuffle_chunks=shuffle_chunks,
+            exhausted=exhausted,
+        )
+        if normalize not in (None, "unit_mean_square"):
+            raise ValueError(f"normalize is {normalize!r}, expected 'unit_mean_square' or None")
         self._epoch, self._step, self._resume = epoch, 0, False
         self.set_epoch(epoch)
-        self._parts = self._make_parts(stores, weights)
-        for part in self._parts:
-            part.place(*self._place())
-            plan.check_rows(part.plan, part.rows)
-        self._steps = self._count_steps(steps, max_rows)
+        self._threads = plan.pool_threads(stores, settings)
+        self._make(stores, weights)
+        self._steps = steps_of(self._parts, self._wanted)
+        self._plan_state = plan_json(self._parts, self._wanted, self._steps)
         self.meter, self.recycler, self._maps = self._fresh()
         self._pipeline: Pipeline | IsolatedPipeline | None = None
         self._process: IsolatedProcess | None = None
         self._snapshots: list[dict[str, Any]] | None = None
         self._warned = False
-        self._plan_state = self._plan_json()
         self._fit()
         _LIVE.add(self)
         for store in stores:
             for line in store.remarks(self.sites):
                 warn(f"{store.url}: {line}")
 
-    def _batch_size(self, batch_size: int | None, per_rank: int | None) -> int:
-        if per_rank is None:
-            return BATCH_SIZE if batch_size is None else batch_size
-        if batch_size is not None:
-            raise ValueError("give batch_size, which is global, or per_rank_batch_size, not both")
-        return per_rank * self._place()[1]
-
-    def _make_parts(self, stores: list[Store], weights: list[float]) -> list[Part]:
-        a, world = self._arguments, self._place()[1]
-        mixed = a["shuffle_chunks"]
-        if mixed is None:
-            mixed = max(1, round(SHUFFLE_CHUNKS / max(a["streams"], 1))) * a["streams"]
-        common = Plan(
-            store="",
-            sites=self.sites,
-            seed=a["seed"],
-            batch_size=a["batch_size"],
-            streams=a["streams"],
-            shuffle_chunks=mixed,
-            shuffle=a["shuffle"],
-            drop_last=a["drop_last"],
-            where=RowFilter(),
-        )
-        for store in stores:
-            plan.check(common, store, world)
-        sizes = plan.shares(weights, common.batch_size, common.streams) if len(stores) > 1 else [common.batch_size]
-        self._weights = [size / common.batch_size for size in sizes]
-        factors: dict[str, float] = {}
-        if a["normalize"] is not None:
-            norms = {site: _mean_sq_norm(stores, self._weights, site) for site in self.sites}
-            factors = {site: normalising_factor(norm, site) for site, norm in norms.items()}
-        workers, fetchers = plan.pool_threads(stores, self.settings)
-        self._threads = workers, fetchers
-        names = self.sites + (PROVENANCE_ARRAYS if a["with_rows"] else ())
-        parts: list[Part] = []
-        for store, size in zip(stores, sizes, strict=True):
-            mine = replace(common, store=store.fingerprint, batch_size=size, where=self._filter(store))
-            dtype = parse_dtype(a["dtype"])
-            threads = max(workers, fetchers)
-            parts.append(Part(store, mine, names, dtype=dtype, factors=factors, stack=self._stack, threads=threads))
-        self._check_tensors(parts)
-        return parts
-
-    def _filter(self, store: Store) -> RowFilter:
-        a, sums = self._arguments, store.index.stats
-        dirty = [s for s in self.sites if s in sums and sums[s].nonfinite] if a["drop_nonfinite"] else []
-        return RowFilter(
-            drop_positions=whole_numbers("drop_positions", a["drop_positions"]),
-            drop_tokens=whole_numbers("drop_tokens", a["drop_tokens"]),
-            max_norm=max_norms(a["max_norm"], self.sites, tuple(dirty)),
-            held_out=a["held_out"],
-            split=a["split"],
-        )
-
-    def _check_tensors(self, parts: list[Part]) -> None:
-        """ValueError unless sites to be stacked have one width, and mixed stores deliver the same tensors."""
-        widths = {site: parts[0].columns[site].shape for site in self.sites}
-        if self._stack and len(set(widths.values())) > 1:
-            said = ", ".join(f"{site} {shape[0]}" for site, shape in widths.items())
-            raise ValueError(f"stack needs sites of one width; widths are {said}")
-        for part in parts[1:]:
-            for name, (shape, dtype) in tensors_of(parts[0].columns).items():
-                there = tensors_of(part.columns)[name]
-                if there != (shape, dtype):
-                    raise ValueError(
-                        f"{name} is {list(shape)} {dtype} in {parts[0].store.url} and {list(there[0])} {there[1]} in "
-                        f"{part.store.url}; mixed stores need equal widths, and dtype= makes types equal"
-                    )
-
-    def _count_steps(self, steps: int | None, max_rows: int | None) -> int:
-        """Batches of an epoch."""
-        if self._exhausted == "stop":
-            found = min(part.steps for part in self._parts)
-        else:
-            found = max(part.steps for part in self._parts)
-        if max_rows is not None:
-            steps = min(max_rows // self._arguments["batch_size"], found if steps is None else steps)
-        if steps is not None and not 1 <= steps <= found:
-            raise ValueError(
-                f"steps or max_rows ask for {steps} batches of {self._arguments['batch_size']} rows, expected 1 to the "
-                f"{found} of an epoch"
-            )
-        return found if steps is None else steps
-
-    def _plan_json(self) -> dict[str, Any]:
-        plans = [part.plan.to_json() for part in self._parts]
-        limit = {} if self._arguments["steps"] is None and self._arguments["max_rows"] is None else {"steps": len(self)}
-        if len(plans) == 1:
-            return plans[0] | limit
-        numbered = {f"{k} of store {i}": v for i, p in enumerate(plans) for k, v in p.items()}
-        return {"exhausted": self._exhausted, **limit, **numbered}
+    def _make(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
+        rank, world = self._place()
+        self._parts = parts_of(self._wanted, stores, weights, world, threads=max(self._threads))
+        for part in self._parts:
+            part.place(rank, world)
+            plan.check_rows(part.plan, part.rows)
 
     def _fresh(self) -> tuple[Meter, Recycler, Maps]:
         return Meter(), Recycler(self.settings.prefetch + 2), Maps(self.settings.verify)
@@ -284,8 +210,8 @@ class ActivationDataset(IterableDataset[Any]):
     def _reopen(self) -> None:
         """In a forked child: open the stores as the parent had them."""
         if self._snapshots is not None:
-            stores = [reopen(snapshot) for snapshot in self._snapshots]
-            self._parts, self._snapshots = self._make_parts(stores, self._weights), None
+            stores, self._snapshots = [reopen(snapshot) for snapshot in self._snapshots], None
+            self._make(stores, self._weights)
         for part in self._parts:
             part.place(*self._place())
 
@@ -303,9 +229,14 @@ class ActivationDataset(IterableDataset[Any]):
         return self.stores[0]
 
     @property
+    def _weights(self) -> list[float]:
+        """Of the stores, as nearly as rows allow."""
+        return [part.plan.batch_size / self._wanted.batch_size for part in self._parts]
+
+    @property
     def rows(self) -> int:
         """Rows of an epoch over all ranks, before `drop_last`; of mixed stores, those of its batches."""
-        return self._parts[0].rows if len(self._parts) == 1 else len(self) * self._arguments["batch_size"]
+        return self._parts[0].rows if len(self._parts) == 1 else len(self) * self._wanted.batch_size
 
     def _all_rows(self) -> int:
         return sum(part.rows for part in self._parts)
@@ -317,7 +248,7 @@ class ActivationDataset(IterableDataset[Any]):
 
     def mean_sq_norm(self, site: str) -> float:
         """E||x||^2 of a site over all committed rows, in stored units; over mixed stores by their weights."""
-        return _mean_sq_norm(self.stores, self._weights, site)
+        return mean_sq_norm(self.stores, self._weights, site)
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""
@@ -327,7 +258,7 @@ class ActivationDataset(IterableDataset[Any]):
         """What it reads, and where it stands."""
         return (
             f"<ActivationDataset {' + '.join(part.store.url for part in self._parts)}: {', '.join(self.sites)}, "
-            f"{len(self):,} batches of {self._arguments['batch_size']} rows, epoch {self._epoch}, step {self._step}>"
+            f"{len(self):,} batches of {self._wanted.batch_size} rows, epoch {self._epoch}, step {self._step}>"
         )
 
     def _fit(self) -> tuple[list[plan.Fit], int]:
@@ -398,7 +329,7 @@ class ActivationDataset(IterableDataset[Any]):
             self._end_process()
             self._process = IsolatedProcess(
                 {
-                    **self._arguments,
+                    **self._arguments(),
                     "stores": [(part.store.snapshot(), w) for part, w in zip(self._parts, self._weights, strict=True)],
                     "settings": asdict(self.settings) | {"isolate": False, "replay": False},
                     "rank": rank,
@@ -452,7 +383,7 @@ class ActivationDataset(IterableDataset[Any]):
         elif self._device is not None:
             batch = {n: t.to(self._device, non_blocking=True) for n, t in batch.items()}
         self.meter.delivered_bytes += sum(t.nbytes for t in batch.values())
-        if self._stack and len(batch) == 1:
+        if self._wanted.stack and len(batch) == 1:
             return batch[STACK]
         return batch[self.sites[0]] if self._single else batch
 
@@ -506,11 +437,20 @@ class ActivationDataset(IterableDataset[Any]):
         self._stop()
         self._epoch, self._step, self._resume = epoch, step, True
 
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments of what is wanted, as JSON values."""
+        found = asdict(self._wanted)
+        dtype, normalize = found["dtype"], found["normalize"]
+        found["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+        found["normalize"] = "unit_mean_square" if normalize else None
+        found["sites"] = self.sites[0] if self._single else self.sites
+        return found
+
     def _like(self, stores: Sequence[tuple[Opened, float]]) -> "ActivationDataset":
         """A dataset of the same settings."""
         rank, world = self._given_rank
         more: dict[str, Any] = {"rank": rank, "world_size": world, "device": self._device, "settings": self.settings}
-        return ActivationDataset(stores, **self._arguments, **more)
+        return ActivationDataset(stores, **self._arguments(), **more)
 
     def refresh(self) -> int:
         """Plan anew over the buckets that are committed by now; returns the rows gained.
@@ -597,7 +537,8 @@ class ActivationDataset(IterableDataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         """Settings and position; the receiving process opens the stores as they are here."""
         return {
-            "arguments": self._arguments,
+            "wanted": self._wanted,
+            "single": self._single,
             "settings": self.settings,
             "rank": self._given_rank,
             "device": self._device,
@@ -608,7 +549,7 @@ class ActivationDataset(IterableDataset[Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the stores as they were, whatever has been committed since."""
         self._given_rank, self._device, self.settings = state["rank"], state["device"], state["settings"]
-        self._arguments = state["arguments"]
+        self._wanted, self._single, self.sites = state["wanted"], state["single"], state["wanted"].sites
         fresh = self._like([(reopen(snapshot), weight) for snapshot, weight in state["stores"]])
         self.__dict__.update(fresh.__dict__)
         _LIVE.add(self)
@@ -622,22 +563,3 @@ def _forget_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
-
-
-def _opened(url: Any) -> tuple[list[Store], list[float]]:
-    """The stores of an argument, and their weights."""
-    if isinstance(url, (str, os.PathLike, Store)):
-        url = [(url, 1.0)]
-    pairs = list(url.items() if isinstance(url, Mapping) else url)
-    if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
-        raise ValueError(f"url is {url!r}, expected a store, {{url: weight}} or [(store, weight), ...]")
-    return [u if isinstance(u, Store) else open_store(u) for u, _ in pairs], [float(w) for _, w in pairs]
-
-
-def _mean_sq_norm(stores: Sequence[Store], weights: Sequence[float], site: str) -> float:
-    return sum(w * store.stats(site).mean_sq_norm for store, w in zip(stores, weights, strict=True))
-
-
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    found = parse_dtype(dtype)
-    return None if found is None else str(found).removeprefix("torch.")

@@ -40,6 +40,8 @@ PLAN = 8
 """Slots that are planned at a time."""
 POLL_S = 0.1
 """How often a fetcher that may ask twice looks for requests that are overdue."""
+LOOK_S = 1.0
+"""How often everybody who waits looks whether it is over, should nobody have called."""
 ABANDON_S = 2.0
 """Seconds that closing waits for requests under way; they end by themselves at their time-out."""
 REREADS = 2
@@ -150,7 +152,7 @@ class Pipeline:
         began = time.perf_counter()
         with self._lock:
             while not (self._out or self._error or self._closed or self._finished()):
-                self._ready.wait()
+                self._ready.wait(LOOK_S)
             if self._closed:
                 raise StreamError(
                     "this loop was ended by close(), refresh(), load_state_dict() or another loop over the same "
@@ -178,6 +180,10 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop all threads; a request under way is left to its time-out if it does not end soon."""
+        if threading.current_thread() in self._threads:  # the collector found the loop's end here, with the lock held
+            self._closed = True
+            self._stopping.set()
+            return
         with self._lock:
             closed, self._closed = self._closed, True
         if closed:
@@ -226,7 +232,7 @@ class Pipeline:
                 while not self._stopping.is_set() and (job := self._pick()) is None:
                     self._refuse_standstill()
                     self._idle += 1
-                    self._work.wait()
+                    self._work.wait(LOOK_S)
                     self._idle -= 1
                 if job is None:
                     return
@@ -319,7 +325,7 @@ class Pipeline:
                         break
                     if (second := self._hedge.overdue()) is not None:
                         break
-                    self._room.wait(None if self._hedge.idle else POLL_S)
+                    self._room.wait(LOOK_S if self._hedge.idle else POLL_S)
                 resident = first or second
                 if resident is None:
                     return
