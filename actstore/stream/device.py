@@ -2,9 +2,10 @@
 
 Chunks are decoded into pinned memory and copied in one piece; merging of byte planes, gather, dequantisation and
 change of type are a few torch operations on the device. So the host's memory bandwidth serves decoding only, and the
-bus sees contiguous copies. Everything is queued on one side stream: a buffer that is copied over was gathered from
-before. A batch carries an event, for which the consumer's stream waits; `record_stream` keeps the allocator from
-giving its memory away while that stream may still read it (the race that SPDL describes).
+bus sees contiguous copies. Each thread has two pinned chunks: it decodes one while the other is copied. Everything is
+queued on one side stream: a buffer that is copied over was gathered from before. A batch carries an event, for which
+the consumer's stream waits; `record_stream` keeps the allocator from giving its memory away while that stream may still
+read it (the race that SPDL describes).
 
 The same code runs on device "cpu", which is how it is tested without a GPU.
 """
@@ -32,6 +33,15 @@ class DeviceBatch:
     tensors: dict[str, Tensor]
     ready: Any = None
     """Event after the last gather; None on the CPU."""
+
+
+@dataclass
+class _Staging:
+    """Pinned memory for a chunk on its way."""
+
+    memory: Tensor
+    copied: Any = None
+    """Event after its latest copy."""
 
 
 class DeviceMemory:
@@ -62,35 +72,38 @@ class DeviceMemory:
             torch.cuda.synchronize(device)  # the pool is allocated on another stream than it is used on
 
     def chunk(self, name: str, buffer: int) -> NDArray[np.uint8]:  # noqa: ARG002  decoded elsewhere first
-        """Pinned memory of the calling thread, which its next chunk of this array takes again."""
-        staging: dict[str, NDArray[np.uint8]] = self._local.__dict__.setdefault("staging", {})
+        """Pinned memory of the calling thread, which its next chunk but one of this array takes again."""
+        staging: dict[str, list[_Staging]] = self._local.__dict__.setdefault("staging", {})
         if name not in staging:
-            size = self._columns[name].index.array.chunk_bytes
-            staging[name] = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda).numpy()
-        return staging[name]
+            size = self._columns[name].chunk_bytes
+            staging[name] = [_Staging(torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)) for _ in range(2)]
+        staging[name].reverse()
+        first = staging[name][0]
+        if first.copied is not None:
+            first.copied.synchronize()
+        return first.memory.numpy()
 
     def loaded(self, name: str, buffer: int) -> None:
-        """Copy the calling thread's chunk to its buffer; returns when its pinned memory may be used again."""
+        """Copy the calling thread's chunk to its buffer, without waiting for it: rows are gathered behind it."""
         if name not in self._pool:
             return
-        source = torch.from_numpy(self._local.staging[name])
+        staging: _Staging = self._local.staging[name][0]
         if not self._cuda:
-            self._pool[name][buffer].copy_(source)
+            self._pool[name][buffer].copy_(staging.memory)
             return
-        done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            self._pool[name][buffer].copy_(source, non_blocking=True)
-            done.record(self._stream)
-        done.synchronize()
+            self._pool[name][buffer].copy_(staging.memory, non_blocking=True)
+            staging.copied = torch.cuda.Event()
+            staging.copied.record(self._stream)
 
     def take(self, name: str, buffer: int, chunk: NDArray[np.uint8]) -> None:
         """Copy a chunk by way of the calling thread's pinned memory."""
         np.copyto(self.chunk(name, buffer), chunk)
         self.loaded(name, buffer)
 
-    def held(self, name: str, buffer: int) -> NDArray[np.uint8]:
+    def held(self, name: str, buffer: int) -> NDArray[np.uint8]:  # noqa: ARG002  it lies in pinned memory too
         """See `Memory`."""
-        return self.chunk(name, buffer)
+        return self._local.staging[name][0].memory.numpy()
 
     def batch(self, rows: int) -> DeviceBatch:
         """The memory of a batch."""
