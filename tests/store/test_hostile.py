@@ -40,6 +40,7 @@ from actstore.store.format.sealed import SEAL, UNSEALED, decode, seal
 from actstore.store.format.shard import tail
 from actstore.store.format.spec import ATTRIBUTE, GROUP_KEY, OPEN_ENDED, calibration_key
 from actstore.store.maintain.verify import verify
+from actstore.stream import Settings
 
 SPEC = StoreSpec(
     sites={
@@ -65,6 +66,8 @@ JUNK = st.one_of(
 quick = settings(max_examples=40, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck))
 many = settings(quick, max_examples=1000)
 slow = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+ONE = Settings(threads=1)
 
 
 @pytest.fixture(scope="module", params=["planes"])
@@ -127,7 +130,7 @@ def through_zarr(root: Path) -> None:
 def stream(root: Path) -> None:
     store = open_store(root)
     try:
-        for _ in actstore.ActivationDataset(store, sites=list(store.sites), batch_size=8, threads=1, with_rows=True):
+        for _ in actstore.ActivationDataset(store, sites=list(store.sites), batch_size=8, with_rows=True, settings=ONE):
             pass
     except ValueError as e:
         assert "committed rows" in str(e)
