@@ -142,7 +142,8 @@ class ActivationDataset(IterableDataset[Any]):
         self.settings, self._given_rank, self._device = settings, (rank, world_size), parse_device(device)
         self.sites: tuple[str, ...] = (sites,) if isinstance(sites, str) else tuple(sites)
         self._single = isinstance(sites, str) and not with_rows
-        if settings.isolate and any(store.url.startswith("memory://") for store in stores):
+        self._per_rank = per_rank_batch_size
+        if settings.isolate and any("memory://" in store.url for store in stores):
             raise ValueError("isolate needs a store that another process can open; memory:// is in this one")
         self._wanted = Wanted(
             sites=self.sites,
@@ -177,6 +178,7 @@ class ActivationDataset(IterableDataset[Any]):
         self.meter, self.recycler, self._maps = self._fresh()
         self._pipeline: Pipeline | IsolatedPipeline | None = None
         self._process: IsolatedProcess | None = None
+        self._process_place = (0, 0)
         self._snapshots: list[dict[str, Any]] | None = None
         self._warned = False
         self._fit()
@@ -299,6 +301,11 @@ class ActivationDataset(IterableDataset[Any]):
             )
         world = self._place()[1]
         ranks.refuse_accelerate(world)
+        if self._per_rank is not None and self._per_rank * world != self._wanted.batch_size:
+            raise StreamError(
+                f"per_rank_batch_size {self._per_rank} was taken for a batch of {self._wanted.batch_size} rows, but there "
+                f"are {world} ranks by now; make the dataset after torch.distributed is initialised, or give batch_size"
+            )
         self._reopen()
         for part in self._parts:
             plan.check(part.plan, part.store, world)
@@ -324,8 +331,9 @@ class ActivationDataset(IterableDataset[Any]):
 
     def _isolated(self) -> IsolatedProcess:
         """The process that runs the pipelines, started for the first one."""
-        if self._process is None or not self._process.alive:
-            rank, world = self._place()
+        rank, world = self._place()
+        if self._process is None or not self._process.alive or self._process_place != (rank, world):
+            self._process_place = rank, world
             self._end_process()
             self._process = IsolatedProcess(
                 {
@@ -549,6 +557,7 @@ class ActivationDataset(IterableDataset[Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the stores as they were, whatever has been committed since."""
         self._given_rank, self._device, self.settings = state["rank"], state["device"], state["settings"]
+        self._per_rank = None
         self._wanted, self._single, self.sites = state["wanted"], state["single"], state["wanted"].sites
         fresh = self._like([(reopen(snapshot), weight) for snapshot, weight in state["stores"]])
         self.__dict__.update(fresh.__dict__)

@@ -311,6 +311,10 @@ def test_a_limited_epoch_and_sizes_in_words(tmp_path: Path) -> None:
     assert len(next(iter(mixed(known.url, batch_size=None, per_rank_batch_size=16, rank=1, world_size=2)))[SITE]) == 16
     with pytest.raises(ValueError, match="not both"):
         mixed(known.url, per_rank_batch_size=16)
+    early = mixed(known.url, batch_size=None, per_rank_batch_size=16)
+    early._given_rank = (1, 2)  # as if torch.distributed had been initialised meanwhile
+    with pytest.raises(StreamError, match=r"per_rank_batch_size 16 was taken .* 2 ranks by now"):
+        iter(early)
 
 
 def test_no_rank_gets_an_empty_batch(tmp_path: Path) -> None:
