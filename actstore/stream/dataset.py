@@ -303,8 +303,8 @@ class ActivationDataset(IterableDataset[Any]):
         ranks.refuse_accelerate(world)
         if self._per_rank is not None and self._per_rank * world != self._wanted.batch_size:
             raise StreamError(
-                f"per_rank_batch_size {self._per_rank} was taken for batches of {self._wanted.batch_size} rows, but by now "
-                f"there are {world} ranks; make the dataset after torch.distributed is initialised, or give batch_size"
+                f"per_rank_batch_size {self._per_rank} was taken for batches of {self._wanted.batch_size} rows, but by "
+                f"now there are {world} ranks; make the dataset after torch.distributed's start, or give batch_size"
             )
         self._reopen()
         for part in self._parts:

@@ -313,7 +313,7 @@ def test_a_limited_epoch_and_sizes_in_words(tmp_path: Path) -> None:
         mixed(known.url, per_rank_batch_size=16)
     early = mixed(known.url, batch_size=None, per_rank_batch_size=16)
     early._given_rank = (1, 2)  # as if torch.distributed had been initialised meanwhile
-    with pytest.raises(StreamError, match=r"per_rank_batch_size 16 was taken .* there are 2 ranks"):
+    with pytest.raises(StreamError, match=r"per_rank_batch_size 16 was taken .* now there are 2 ranks"):
         iter(early)
 
 
