@@ -181,10 +181,12 @@ class StoreSpec:
         """Rows of the finished store: what is planned without the gaps behind short buckets."""
         return self.rows - sum(self.bucket_rows - rows for _, rows in self.short_buckets)
 
-    def permutation(self, bucket: int) -> NDArray[np.int64]:
-        """Stored place, within the bucket, of each of its rows [rows of the bucket]."""
+    def permutation(self, bucket: int, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Stored place, within the bucket, of each of its rows [rows of the bucket], or of `rows`, counted from 0."""
         first, stop = self.bucket_range(bucket)
-        return keyed.permute(np.arange(stop - first), stop - first, keyed.key(self.seed, "bucket", bucket))
+        return keyed.permute(
+            np.arange(stop - first) if rows is None else rows, stop - first, keyed.key(self.seed, "bucket", bucket)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The group's `actstore` attribute."""

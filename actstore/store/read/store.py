@@ -8,17 +8,18 @@ chunk of a bucket that is not committed raises `StoreError`.
 
 import asyncio
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import MemoryStore, WrapperStore
 
-from actstore.errors import IntegrityError, StoreError
+from actstore.errors import IntegrityError, StoreError, warn
 from actstore.store.format import codec, fixed
 from actstore.store.format.sealed import dump
 from actstore.store.format.spec import (
@@ -32,8 +33,11 @@ from actstore.store.format.spec import (
     group_metadata,
 )
 from actstore.store.format.stats import SiteStats, summarise
-from actstore.store.read.index import Index, load
+from actstore.store.read.index import Index, Location, load
 from actstore.store.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from actstore.store.read.sequences import Pool, SequenceIndex, Sequences
 
 
 class Store:
@@ -145,13 +149,14 @@ class Store:
 
     def _whole_chunk(self, name: str, place: int, chunk: int) -> NDArray[Any]:
         """`read_chunk` with the rows that fill up the last one [chunk_rows, ...]."""
-        where = self.index.arrays[name]
-        array = where.array
-        at = where.locate(place, int(self.index.buckets[place]), chunk)
+        at = self.index.arrays[name].locate(place, int(self.index.buckets[place]), chunk)
+        return self.decode_chunk(name, at, self.owner(name).storage.get_range(at.key, at.offset, at.length))
+
+    def decode_chunk(self, name: str, at: Location, data: bytes | memoryview) -> NDArray[Any]:
+        """Check and decode the stored bytes of a chunk of array `name` [chunk_rows, ...], see `read_chunk`."""
+        array = self.index.arrays[name].array
         decoded = np.empty(array.chunk_bytes, np.uint8)
-        owner = self.owner(name)
-        data = owner.storage.get_range(at.key, at.offset, at.length)
-        what = f"{owner.url}/{at.key} chunk at byte {at.offset}"
+        what = f"{self.owner(name).url}/{at.key} chunk at byte {at.offset}"
         codec.decode_into(data, array.codec, decoded, what, committed=at.crc32c)
         dtype = BITS if array.dtype.name == "bfloat16" else array.dtype
         return codec.merge(decoded, array.codec, dtype).reshape(array.chunk_rows, *array.shape[1:])
@@ -172,6 +177,82 @@ class Store:
         found = self._whole_chunk(name, place, chunk)
         found[rows:] = self.gap(name)[0]
         return found
+
+    def take(self, numbers: ArrayLike, sites: str | Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Rows by number, in the order asked and as often as asked.
+
+        Rows are numbered by (sequence, position) before buckets permute them (docs/format.md), from 0 to `spec.rows`;
+        they come as {site: [n, d]} with `sequence`, `position` and `token_id` [n] int32. bf16 sites are
+        `ml_dtypes.bfloat16`, f32 and fixed sites float32. Memory: the result and 0.5 GiB.
+
+        Args:
+            numbers: row numbers [n].
+            sites: one site or several, default all.
+
+        Raises:
+            ValueError: for a site or a row that the store does not have, and a number that is not whole.
+            StoreError: for a row that is not committed, and for bytes that can't be read or are damaged.
+
+        """
+        from actstore.store.read.rows import committed_rows, read_rows, site_names
+
+        return read_rows(self, committed_rows(self, numbers), [*site_names(self, sites), *PROVENANCE_ARRAYS])
+
+    def sequence(self, number: int, sites: str | Sequence[str] | None = None) -> dict[str, Any]:
+        """The kept rows of one sequence, by position: {site: [n, d]} as in `take`, `position` and `token_id` [n].
+
+        "sequence" is its number. Its rows lie in most chunks of their bucket: `sequences` reads many far sooner.
+
+        Raises:
+            ValueError: for a site or a sequence that the store does not have.
+            StoreError: if sequences don't ascend with row numbers or are unknown, if this one may go on in a bucket
+                that is not committed, and for bytes that can't be read or are damaged.
+
+        """
+        return self._sequence_index.read(number, sites)
+
+    def sequences(
+        self,
+        sites: str | Sequence[str] | None = None,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int = 0,
+        pool: "Pool | None" = None,
+        pairs: bool = False,
+    ) -> "Sequences":
+        """An iterator over all sequences, each whole and once, as `sequence` returns them.
+
+        Memory: a bucket of these sites, 0.5 GiB, and the pieces of sequences whose other bucket is still to come:
+        one piece, or with `shuffle` up to two for each bucket that was read.
+
+        Args:
+            sites: one site or several, default all.
+            shuffle: buckets in an order keyed by `seed`, and the sequences within each too; else ascending.
+            seed: key of the order.
+            start: pass over so many sequences of this order: those that a run which was stopped had already.
+            pool: a site is one vector [d]: "last", the last kept token's, or "mean", in float64 rounded to float32.
+            pairs: every array is two, whose rows i are kept positions p and p + 1 of the sequence.
+
+        Returns:
+            The iterator. Its `left_out` counts sequences that may go on in buckets that are not committed.
+
+        Raises:
+            ValueError, StoreError: as `sequence`, at once; bytes that can't be read raise when their turn comes.
+
+        """
+        from actstore.store.read.sequences import Sequences
+
+        found = Sequences(self._sequence_index, sites, shuffle=shuffle, seed=seed, start=start, pool=pool, pairs=pairs)
+        if found.left_out:
+            warn(f"{self.url}: {found.left_out} sequences are left out, since buckets beside theirs are not committed")
+        return found
+
+    @cached_property
+    def _sequence_index(self) -> "SequenceIndex":
+        from actstore.store.read.sequences import SequenceIndex
+
+        return SequenceIndex(self)
 
     def gap(self, name: str) -> tuple[Any, Any]:
         """What stands for no row in decoded chunks of an array, and as zarr's fill value."""

@@ -31,7 +31,10 @@ class Values:
 
     def chunk(self, place: int, chunk: int) -> NDArray[Any]:
         """Chunk `chunk` of the bucket at row `place` of the index [rows there, ...]."""
-        rows = self._store.read_chunk(self._name, place, chunk)
+        return self.convert(self._store.read_chunk(self._name, place, chunk))
+
+    def convert(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Decoded rows [n, ...] as `dtype`."""
         if self._calibration is not None:
             rows = fixed.dequantise(rows, self._calibration)
         if rows.dtype == self.dtype:
