@@ -215,22 +215,16 @@ def unmeasured(report: Report) -> list[str]:
     return [f"{r.what}: {r.more.get(NOTE)}" for r in report.rates if r.gb_s is None]
 
 
-def show(report: Report, json: Path | None = None, plot: Path | None = None) -> None:
-    """Print a report; write it as JSON and as a plot where the user asked for them."""
+def show(report: Report, json: Path | None = None) -> None:
+    """Print a report; write it as JSON where the user asked for that."""
     header, lines = table(report)
     console.print_table(report.command, lines, header=header)
-    for line in unmeasured(report):
-        print(line)
-    figures = {k: v for k, v in flat(report.figures).items() if k.partition(",")[0] not in QUIET}
+    figures = {k: v for k, v in flat(report.figures).items() if k.partition(",")[0] != "knee"}
     if figures:
         console.print_table("", figures)
     print(f"bound: {report.bound} ({report.why})")
     print(machine_line(report))
     console.write_json(json, report)
-    if plot is not None:
-        from actstore.bench.plot import draw
-
-        draw(report, plot)
 
 
 def machine_line(report: Report) -> str:

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actstore.bench.peers.environments import PEERS, NotInstalledError, Peer, python_of
-from actstore.bench.peers.source import write_source
 from actstore.bench.report import GB, NOTE, Rate, Report, machine, memory_copy
 from actstore.errors import ActstoreError
 from actstore.progress import Progress
+from peers.environments import PEERS, NotInstalledError, Peer, python_of
+from peers.source import write_source
 
 ROWS = 458_752
 """2.1 GB at d = 2304: seven buckets of 65,536 rows."""
