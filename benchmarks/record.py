@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from actstore.bench import machine
-from actstore.console import figure, print_table
+from actstore.console import figure
 
 HERE = Path(__file__).parent
 MOST = 0.1
@@ -60,7 +60,7 @@ def main(script: str, parts: Mapping[str, Part], arguments: argparse.ArgumentPar
         for name in args.only or parts:
             with nullcontext() if args.quick else cores(daemons=daemons):
                 rows = parts[name](args)
-            print_rows(name, rows)
+            print(name, *table(rows), sep="\n", flush=True)
             if not args.quick:
                 keep(script, name, rows, parts[name].__doc__ or "")
 
@@ -87,25 +87,18 @@ def page(title: str, record: Mapping[str, Any]) -> str:
     """The Markdown page of a record."""
     lines = [f"# {title}", "", f"Written by `benchmarks/{title}.py`; do not edit.", ""]
     for part, found in record.items():
-        header, cells = table(found["rows"])
-        lines += [f"## {part}", "", found["words"], "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-        lines += [f"| {' | '.join(map(figure, line))} |" for line in cells]
         facts = {**found["machine"], "commit": found["commit"], "date": found["date"]}
-        lines += ["", f"`{found['command']}`: " + ", ".join(f"{k} {figure(v)}" for k, v in facts.items()), ""]
+        lines += [f"## {part}", "", found["words"], "", *table(found["rows"]), ""]
+        lines += [f"`{found['command']}`: " + ", ".join(f"{k} {figure(v)}" for k, v in facts.items()), ""]
     return "\n".join(lines)
 
 
-def print_rows(title: str, rows: list[Row]) -> None:
-    """Print rows as a table."""
-    header, cells = table(rows)
-    print_table(title, cells, header=header)
-
-
-def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Header and lines; a column is there that any row has, unless it holds a structure."""
+def table(rows: Sequence[Row]) -> list[str]:
+    """Rows in Markdown; a column is there that any row has, unless it holds a structure."""
     flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
     header = tuple(dict.fromkeys(name for row in flat for name in row))
-    return header, [tuple(row.get(name, "") for name in header) for row in flat]
+    lines = [" | ".join(figure(row.get(name, "")) for name in header) for row in flat]
+    return [f"| {line} |" for line in (" | ".join(header), " | ".join(["---"] * len(header)), *lines)]
 
 
 def commit() -> str:
