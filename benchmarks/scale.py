@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import record
 from msgspec import structs
-from record import Row
 
 from actstore.store import SiteSpec, StoreSpec, create_store, open_store
 from actstore.store.format import manifest, stats
@@ -29,6 +27,7 @@ from actstore.store.read.index import committed, read_spec
 from actstore.store.storage import LocalStorage
 from actstore.store.write.finalise import missing_parts, write_head, write_part
 
+Row = dict[str, Any]
 FULL = 122_071
 SITES = {
     f"{kind}.{i}": d for kind, d in (("resid_post", 2304), ("mlp_out", 2304), ("attn_out", 2048)) for i in range(26)
@@ -140,7 +139,7 @@ def measure(buckets: int) -> dict[str, Any]:
 
 def scale(args: argparse.Namespace) -> list[Row]:
     """Each step runs in a process of its own. The last column is what the growth law, a line, gives the whole store."""
-    sizes = [1, 2, 3] if args.quick else args.buckets
+    sizes = [1, 2] if args.quick else args.buckets
     found = [measure(buckets) for buckets in sizes]
     rows: list[Row] = []
     for name in found[0]:
@@ -155,6 +154,8 @@ if __name__ == "__main__":
     if "--step" in sys.argv[1:2]:
         step(*sys.argv[2:])
     else:
+        import record  # what it imports would slow every step
+
         arguments = record.parser(__doc__)
         arguments.add_argument("buckets", nargs="*", type=int, default=[305, 610, 1221], metavar="BUCKETS")
         record.main(__file__, {"scale": scale}, arguments)
