@@ -16,6 +16,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
 import codec as codec_script  # noqa: E402
 import collect  # noqa: E402
+import loader  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import record  # noqa: E402
@@ -167,3 +168,18 @@ def test_a_loader_is_timed_between_steady_states() -> None:
     assert began == list(range(len(began)))
     assert 0 < found["rows/s"] < 4000  # 8 rows in 2 ms at most
     assert found["GB/s"] == pytest.approx(found["rows/s"] * 4 * 2 / 1e9)
+
+
+@pytest.mark.parametrize(("part", "compared"), [("planes", 4), ("none", 1), ("filter", 1)])
+def test_the_loader_is_compared_with_its_limits(part: str, compared: int, tmp_path: Path) -> None:
+    rows = loader.PARTS[part](argparse.Namespace(quick=True, dir=tmp_path, rounds=1))
+    assert len(rows) == compared
+    assert all(row["ratio"] > 0 and row["ratio in processor time"] > 0 for row in rows)
+    if part == "filter":
+        assert rows[0]["batches over batches without"] == pytest.approx(0.9, abs=0.06)
+
+
+def test_python_alone_decodes_and_gathers_nothing(tmp_path: Path) -> None:
+    rows = loader.python(argparse.Namespace(quick=True, dir=tmp_path, rounds=1))
+    assert [row["what"] for row in rows] == ["site alone", "with_rows"]
+    assert all(0 < row["processor ms per chunk"] < 100 for row in rows)
