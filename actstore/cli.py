@@ -5,9 +5,7 @@ needs it. Exit codes: 0, 1 (failed), 2 (bad arguments), 130 (interrupted; the sa
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -23,11 +21,8 @@ from actstore.tokens.config import TokenizeConfig
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from actstore.bench import Report
-
 Json = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also write the figures to this file, as JSON.")]
 Url = Annotated[Positional[str], tyro.conf.arg(help="The store.")]
-Plot = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also draw the rates: FILE.png or FILE.svg.")]
 
 app = SubcommandApp()
 bench = SubcommandApp()
@@ -286,30 +281,6 @@ def verify(url: Url, *, deep: bool = False, json: Json = None) -> None:
     print(f"{found.buckets} committed buckets are intact{'' if deep else ' (sizes only; --deep reads them)'}")
 
 
-def _bench(run: Callable[[], "Report"], json: Path | None, plot: Path | None) -> None:
-    """Run a benchmark and show its report."""
-    from actstore.bench import show
-    from actstore.bench.plot import check_name
-
-    check_name(plot)
-    show(run(), json, plot)
-
-
-@bench.command
-def codec(*, like: str | None = None, d: int = 2304, rounds: int = 5, json: Json = None, plot: Plot = None) -> None:
-    """Encode and decode rows in every encoding and codec, on one core; compare with memory copy.
-
-    Args:
-        like: a store with a bf16 site whose rows are used; default: synthetic ones with the entropy of activations.
-        d: width of synthetic rows.
-        rounds: how often everything is measured, in turns.
-
-    """
-    from actstore.bench import bench_codec
-
-    _bench(lambda: bench_codec(like=like, d=d, rounds=rounds), json, plot)
-
-
 @bench.command
 def write(
     url: Positional[str | None] = None,
@@ -320,7 +291,6 @@ def write(
     threads: int | None = None,
     rounds: int = 5,
     json: Json = None,
-    plot: Plot = None,
 ) -> None:
     """Write activations; compare with bare encoding and bare puts in the same run.
 
@@ -333,9 +303,9 @@ def write(
         rounds: how often everything is measured, in turns.
 
     """
-    from actstore.bench import bench_write
+    from actstore.bench import bench_write, show
 
-    _bench(lambda: bench_write(url, like=like, d=d, gb=gb, threads=threads, rounds=rounds), json, plot)
+    show(bench_write(url, like=like, d=d, gb=gb, threads=threads, rounds=rounds), json)
 
 
 @bench.command
@@ -349,7 +319,6 @@ def read(
     inflight: int | None = None,
     rounds: int = 5,
     json: Json = None,
-    plot: Plot = None,
 ) -> None:
     """Read a store as a trainer does; compare with memory copy, bare fetch, decode and gather in the same run.
 
@@ -362,10 +331,12 @@ def read(
         rounds: how often everything is measured, in turns.
 
     """
-    from actstore.bench import bench_read
+    from actstore.bench import bench_read, show
 
-    run = partial(bench_read, url, site=site, batch_size=batch_size, seconds=seconds, threads=threads)
-    _bench(partial(run, inflight=inflight, rounds=rounds), json, plot)
+    report = bench_read(
+        url, site=site, batch_size=batch_size, seconds=seconds, threads=threads, inflight=inflight, rounds=rounds
+    )
+    show(report, json)
 
 
 @bench.command
@@ -377,7 +348,6 @@ def storage(
     seconds: float = 1.0,
     gb: float = 1.0,
     json: Json = None,
-    plot: Plot = None,
 ) -> None:
     """PUT and GET objects of several sizes with several requests at once, to find the knee of a backend.
 
@@ -389,71 +359,9 @@ def storage(
         gb: GB after which a combination ends sooner.
 
     """
-    from actstore.bench import bench_storage
+    from actstore.bench import bench_storage, show
 
-    _bench(lambda: bench_storage(url, sizes=sizes, concurrency=concurrency, seconds=seconds, gb=gb), json, plot)
-
-
-@bench.command
-def peers(
-    *,
-    rows: int = 458_752,
-    d: int = 2304,
-    batch_size: int = 4096,
-    seconds: float = 5.0,
-    rounds: int = 3,
-    only: tuple[str, ...] = (),
-    environments: Path = Path(".peers"),
-    folder: Path | None = None,
-    json: Json = None,
-    plot: Plot = None,
-) -> None:
-    """Compare with other loaders on the same rows: MosaicML Streaming, LitData, WebDataset, zarr, SAELens, datasets.
-
-    Each runs in an environment of its own, made by pip on first use (up to 2 GB each).
-
-    Args:
-        rows: rows that everyone stores and reads; about eight times their size is needed on disk.
-        d: width of a row.
-        batch_size: rows a batch.
-        seconds: how long each loader is timed in a round.
-        rounds: how often each is measured, in turns.
-        only: mosaic, litdata, webdataset, zarr, saelens, datasets; default all.
-        environments: where the environments are.
-        folder: where the rows are stored meanwhile; default the system's temporary directory.
-
-    """
-    from actstore.bench import bench_peers
-
-    run = partial(bench_peers, rows=rows, d=d, batch_size=batch_size, seconds=seconds, rounds=rounds, only=only)
-    _bench(partial(run, environments=environments, folder=folder), json, plot)
-
-
-@bench.command(name="all")
-def all_(
-    url: Positional[str | None] = None,
-    *,
-    out: Path = Path("bench"),
-    d: int = 2304,
-    quick: bool = False,
-    environments: Path = Path(".peers"),
-    json: Json = None,
-    plot: Literal["png", "svg"] = "png",
-) -> None:
-    """Run every benchmark, one after the other, on synthetic rows; write all.json and plots.
-
-    Args:
-        url: below which to write, and to delete again; default: a temporary directory.
-        out: directory for all.json and a plot of each benchmark.
-        d: width of rows.
-        quick: fewer rows and rounds, under 5 minutes; peers that are not installed are only named.
-        environments: where the peers' environments are.
-        plot: format of the plots.
-
-    """
-    from actstore.bench import bench_all
-
-    console.write_json(json, bench_all(out, url=url, d=d, quick=quick, environments=environments, suffix=plot))
+    show(bench_storage(url, sizes=sizes, concurrency=concurrency, seconds=seconds, gb=gb), json)
 
 
 def main() -> NoReturn:

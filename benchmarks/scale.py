@@ -6,29 +6,28 @@ the bytes that it reads and how far its memory grows. Costs at three sizes give 
 store. Needs about 4 MB of disk for each bucket.
 """
 
+import argparse
 import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import quiet
 from msgspec import structs
 
-from actstore.console import print_table
 from actstore.store import SiteSpec, StoreSpec, create_store, open_store
-from actstore.store.format import manifest, record, stats
+from actstore.store.format import manifest, stats
+from actstore.store.format import record as records
 from actstore.store.format.spec import arrays
 from actstore.store.read.index import committed, read_spec
 from actstore.store.storage import LocalStorage
 from actstore.store.write.finalise import missing_parts, write_head, write_part
 
-HERE = Path(__file__).parent
+Row = dict[str, Any]
 FULL = 122_071
 SITES = {
     f"{kind}.{i}": d for kind, d in (("resid_post", 2304), ("mlp_out", 2304), ("attn_out", 2048)) for i in range(26)
@@ -46,11 +45,11 @@ def write_records(root: Path, buckets: int) -> int:
     spec, rng = spec_of(buckets), np.random.default_rng(0)
     storage = create_store(root, spec).storage
     assert isinstance(storage, LocalStorage)
-    (storage.root / record.COMMITS).mkdir()
+    (storage.root / records.COMMITS).mkdir()
 
     def write(bucket: int) -> int:
         chunks = {
-            name: record.Chunks(
+            name: records.Chunks(
                 stored=rng.normal(a.chunk_bytes * 0.69, a.chunk_bytes * 0.002, 16).astype(np.uint32) + 9,
                 crc32c=rng.integers(0, 1 << 32, 16, dtype=np.uint32),
             )
@@ -62,10 +61,17 @@ def write_records(root: Path, buckets: int) -> int:
             )
             for name, d in SITES.items()
         }
-        made = record.CommitRecord(bucket=bucket, attempt=f"{bucket:016d}", rows=1 << 16, arrays=chunks, calibration={},
-                                   stats=sums, versions={"torch": "2.13.0"})  # fmt: skip
-        data = record.to_bytes(made)
-        storage.path(record.commit_key(bucket)).write_bytes(data)
+        made = records.CommitRecord(
+            bucket=bucket,
+            attempt=f"{bucket:016d}",
+            rows=1 << 16,
+            arrays=chunks,
+            calibration={},
+            stats=sums,
+            versions={"torch": "2.13.0"},
+        )
+        data = records.to_bytes(made)
+        storage.path(records.commit_key(bucket)).write_bytes(data)
         return len(data)
 
     return max(write(b) for b in range(buckets))
@@ -131,20 +137,25 @@ def measure(buckets: int) -> dict[str, Any]:
         return found
 
 
-def main() -> None:
-    """Measure three sizes; write scale.json."""
-    if "--step" in sys.argv:
-        step(*sys.argv[2:])
-        return
-    sizes = [int(a) for a in sys.argv[1:]] or [305, 610, 1221]
-    with quiet.cores(), ThreadPoolExecutor(1) as pool:
-        rows = list(pool.map(measure, sizes))
-    law = {name: np.polyfit([r["buckets"] for r in rows], [r[name] for r in rows], 1).tolist() for name in rows[0]}
-    full = {name: slope * FULL + constant for name, (slope, constant) in law.items()}
-    print_table("scale", [(n, *(r[n] for r in rows), full[n]) for n in rows[0]],
-                header=("", *(f"{r['buckets']:,}" for r in rows), f"{FULL:,} by the law"))  # fmt: skip
-    (HERE / "scale.json").write_text(json.dumps({"rows": rows, "law": law, "full": full}, indent=1) + "\n")
+def scale(args: argparse.Namespace) -> list[Row]:
+    """Each step runs in a process of its own. The last column is what the growth law, a line, gives the whole store."""
+    sizes = [1, 2] if args.quick else args.buckets
+    found = [measure(buckets) for buckets in sizes]
+    rows: list[Row] = []
+    for name in found[0]:
+        values = [r[name] for r in found]
+        slope, constant = np.polyfit(sizes, values, 1).tolist()
+        row: Row = {"what": name, **{f"{n:,} buckets": value for n, value in zip(sizes, values, strict=True)}}
+        rows.append({**row, f"{FULL:,} by the law": slope * FULL + constant})
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    if "--step" in sys.argv[1:2]:
+        step(*sys.argv[2:])
+    else:
+        import record  # what it imports would slow every step
+
+        arguments = record.parser(__doc__)
+        arguments.add_argument("buckets", nargs="*", type=int, default=[305, 610, 1221], metavar="BUCKETS")
+        record.main(__file__, {"scale": scale}, arguments)

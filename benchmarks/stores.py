@@ -29,6 +29,6 @@ def make(url: Path, site: str, encoding: str, chain: codec.CodecName, *, d: int,
     for bucket in range(spec.buckets):
         first, stop = spec.bucket_range(bucket)
         row = np.arange(first, stop, dtype=np.int32)[np.argsort(spec.permutation(bucket))]
-        provenance = {"sequence": row // 127, "position": row % 127 + 1, "token_id": np.zeros_like(row)}
+        provenance = {"sequence": row // 127, "position": row % 127 + 1, "token_id": row % 10}
         writer.write_arrays(bucket, {site: values[: stop - first], **provenance})
     writer.finalise()

@@ -3,8 +3,7 @@
 The same rows of a store in the same order, the same initial weights and the same constants: SAELens' JumpReLU trainer
 in float32 and with autocast (in its environment below .peers/, see `make test-peers`), ours in float32 and bfloat16.
 Its recipe in our words: E||x||^2 = d_model, free decoder rows, thresholds trained directly, no ReLU before the jump,
-beta1 0.9, clipping at 1, a constant price. FVU and L0 are measured on rows after those trained on, in float64. Writes
-trainer_parity.json.
+beta1 0.9, clipping at 1, a constant price. FVU and L0 are measured on rows after those trained on, in float64.
 """
 
 import argparse
@@ -20,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent
-PEER = HERE.parent / ".peers" / "saelens" / "bin" / "python"
+Row = dict[str, Any]
+PEER = Path(__file__).parent.parent / ".peers" / "saelens" / "bin" / "python"
 LR, BANDWIDTH, THRESHOLD = 1e-3, 0.5, 0.1
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
@@ -120,34 +119,39 @@ def prepare(folder: Path, args: argparse.Namespace) -> np.ndarray:
     return every[-(1 << 14) :]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("store")
-    parser.add_argument("--site", required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=2304)
-    parser.add_argument("--rows", type=int, default=262_144)
-    parser.add_argument("--price", type=float, default=1.0)
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        serve(args.serve, args)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
+def trainers(args: argparse.Namespace) -> list[Row]:
+    """FVU, L0 and dead latents on 16,384 rows after those trained on."""
+    options = {name: getattr(args, name) for name in ("steps", "batch", "width", "price")}
+    with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         folder = Path(scratch)
         held_out = prepare(folder, args)
-        subprocess.run([str(PEER), __file__, *sys.argv[1:], "--serve", scratch], check=True)
+        subprocess.run([str(PEER), __file__, "--serve", scratch, json.dumps(options)], check=True)
         params: dict[str, Any] = {f"saelens {c}": dict(np.load(folder / f"{c}.npz")) for c in ("float32", "bfloat16")}
         params |= {f"ours {compute}": ours(folder, compute, args) for compute in ("float32", "bfloat16")}
-    found = {name: {**measure(p, held_out), "seconds": float(p["seconds"])} for name, p in params.items()}
-    reference = found["saelens float32"]
-    for figures in found.values():
-        figures |= {f"{key} over saelens float32": figures[key] / reference[key] for key in ("fvu", "l0")}
-    about = {"steps": args.steps, "batch": args.batch, "d_sae": args.width, "price": args.price, "site": args.site}
-    (HERE / "trainer_parity.json").write_text(json.dumps({**about, "trainers": found}, indent=1) + "\n")
-    for name, figures in found.items():
-        print(f"{name:18}", "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    rows: list[Row] = [
+        {"trainer": name, **options, **measure(p, held_out), "seconds": float(p["seconds"])}
+        for name, p in params.items()
+    ]
+    for row in rows:
+        row |= {f"{key} over saelens float32": row[key] / rows[0][key] for key in ("fvu", "l0")}
+    return rows
+
+
+def main() -> None:
+    if "--serve" in sys.argv[1:2]:
+        serve(Path(sys.argv[2]), argparse.Namespace(**json.loads(sys.argv[3])))
+        return
+    import record
+
+    arguments = record.parser(__doc__)
+    arguments.add_argument("store")
+    arguments.add_argument("--site", required=True)
+    arguments.add_argument("--steps", type=int, default=600)
+    arguments.add_argument("--batch", type=int, default=1024)
+    arguments.add_argument("--width", type=int, default=2304)
+    arguments.add_argument("--rows", type=int, default=262_144)
+    arguments.add_argument("--price", type=float, default=1.0)
+    record.main(__file__, {"trainers": trainers}, arguments)
 
 
 if __name__ == "__main__":

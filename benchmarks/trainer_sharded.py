@@ -1,43 +1,21 @@
 """What one process holds of an SAE that several share: python benchmarks/trainer_sharded.py [--width W].
 
-JumpReLU, d = 512, `trainer train` on a store of random rows, alone and by torchrun with 2 and 4 gloo processes, a few
-steps each. Every process' own memory is sampled: what it has at most, beyond what an SAE of 64 latents takes, is set
-against its share of weights, moments and gradients. Where there are several, the largest is the lead, which at the end
-has the whole SAE once, to write it. How fast it is can't be told on two cores. Writes trainer_sharded.json.
+`trainer train` on a store of random rows, alone and by torchrun with 2 and 4 gloo processes, a few steps each.
 """
 
 import argparse
-import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
+import record
+import stores
+from record import Row
 
-from actstore.bench import machine
-from actstore.store import SiteSpec, StoreSpec, create_store
-
-FILE = Path(__file__).with_suffix(".json")
 D, ROWS, BATCH, STEPS = 512, 8192, 256, 12
 MB = 1e6
-
-
-def random_store(path: Path) -> None:
-    spec = StoreSpec(
-        sites={"resid_post.0": SiteSpec(d=D, encoding="f32")},
-        rows=ROWS,
-        bucket_rows=ROWS,
-        shard_rows=2048,
-        chunk_rows=64,
-    )
-    writer, rng = create_store(str(path), spec), np.random.default_rng(0)
-    ids: dict[str, Any] = {name: np.zeros(ROWS, np.int32) for name in ("sequence", "position", "token_id")}
-    writer.write_arrays(0, {"resid_post.0": rng.standard_normal((ROWS, D), np.float32), **ids})
-    writer.finalise()
 
 
 def peaks(store: Path, out: Path, width: int, processes: int) -> list[float]:
@@ -59,25 +37,24 @@ def peaks(store: Path, out: Path, width: int, processes: int) -> list[float]:
     return sorted(most.values())[-processes:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=1 << 16)
-    args = parser.parse_args()
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        random_store(store)
-        idle = peaks(store, Path(folder) / "idle", 64, 1)[0]
-        for processes in (1, 2, 4):
-            each = peaks(store, Path(folder) / str(processes), args.width, processes)
-            matrices = 2 * D * args.width * 4 * 3 / MB / processes
-            beyond = [mb - idle for mb in each]
-            found[str(processes)] = {"MB beyond 64 latents": beyond, "share of matrices": matrices}
-            line = ", ".join(f"{mb:.0f}" for mb in beyond)
-            print(f"{processes} processes: {line} MB more; weights, moments, gradients {matrices:.0f}", flush=True)
-    about = {"d_model": D, "d_sae": args.width, "batch": BATCH, "MB with 64 latents": idle, "machine": machine()}
-    FILE.write_text(json.dumps({**about, "processes": found}, indent=1) + "\n")
+def sharded(args: argparse.Namespace) -> list[Row]:
+    """JumpReLU, d = 512. A process' own memory is sampled; what it has at most, beyond an SAE of 64 latents, is set
+    against its share of weights, moments and gradients. Of several, the largest is the lead, which at the end has the
+    whole SAE once, to write it. How fast it is can't be told on two cores.
+    """
+    store, width = args.dir / "store", 1024 if args.quick else args.width
+    stores.make(store, "resid_post.0", "f32", "planes", d=D, rows=ROWS, bucket_rows=ROWS)
+    idle = peaks(store, args.dir / "idle", 64, 1)[0]
+    found: list[Row] = []
+    for processes in (1, 2) if args.quick else (1, 2, 4):
+        each = peaks(store, args.dir / str(processes), width, processes)
+        row: Row = {"processes": processes, "d_sae": width, "matrices, MB each": 2 * D * width * 4 * 3 / MB / processes}
+        row |= {"least, MB": min(each) - idle, "most, MB": max(each) - idle}
+        found.append({**row, "each": [mb - idle for mb in each], "MB with 64 latents": idle})
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    arguments = record.parser(__doc__)
+    arguments.add_argument("--width", type=int, default=1 << 16)
+    record.main(__file__, {"sharded": sharded}, arguments)

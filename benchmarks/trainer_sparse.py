@@ -3,24 +3,24 @@
 Random rows with E||x||^2 = 1, thresholds at which latents fire as often as Zipf's law with exponent 1/2 says and a
 token has 38 on average, Gemma Scope's recipe. In each round every variant does one whole step (gradients, projection,
 Adam, renormalisation): dense or sparse, float32 or bfloat16 products, Adam or lazy Adam. Ratios are taken within
-rounds, medians are reported, of the clock's seconds and of the processors'. One thread unless --threads says more: on
-a machine that others use, threads that wait for each other at every product measure the others. --l0 takes other L0s,
-for the gradients alone: where sparse stops to pay. --memory prints what a step holds at width 2^20 and runs nothing.
-Writes trainer_sparse.json.
+rounds, medians are reported, of the clock's seconds and of the processors'. One thread unless --threads says more.
+
+    memory      what a step holds at width 2^20, on paper
+    steps       whole steps, with 38 active latents
+    gradients   gradients alone, at the L0s of --l0
 """
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
+import record
 import torch
+from record import Row
 
 from trainer import parts, sparse
 from trainer.fused import Latents
@@ -28,7 +28,6 @@ from trainer.optim import second_moments, update
 from trainer.recipe import GEMMA_SCOPE
 from trainer.sae import JumpReLUSAE, init_sae
 
-FILE = Path(__file__).with_suffix(".json")
 SHAPES = ((576, 4608, 4096), (576, 32768, 1024), (256, 131072, 1024))
 """d_model, d_sae, batch."""
 L0 = 38
@@ -69,7 +68,7 @@ def timed(
         return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - before}
 
 
-def measure(shape: tuple[int, int, int], l0: float, rounds: int, *, whole: bool) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int], l0: float, rounds: int, *, whole: bool) -> list[Row]:
     d, w, b = shape
     sae, x = wide(d, w, l0), torch.randn(b, d, generator=torch.Generator().manual_seed(1)) / d**0.5
     adams = ("adam", "lazy") if whole else ("adam",)
@@ -82,19 +81,23 @@ def measure(shape: tuple[int, int, int], l0: float, rounds: int, *, whole: bool)
         kept = sparse.pairs(sae, Latents(sae.b_enc, sae.theta, relu=True, half=sae.recipe.bandwidth / 2), x)
     _, found = sae.loss_and_gradients(x, 1e-3)
     assert kept is not None
-    out: dict[str, Any] = {"shape": shape, "L0": float(found.l0), "pairs per token": len(kept.z) / b}
-    out["touched latents"] = float((found.fired > 0).float().mean())
+    rows: list[Row] = []
     for n in names:
         base = f"dense {n.split()[1]} adam"
-        out[n] = {unit: statistics.median(r[n][unit] for r in seconds[1:]) for unit in ("seconds", "cpu")}
+        row: Row = {"d": d, "d_sae": w, "batch": b, "L0": float(found.l0), "step": n}
         for unit in ("seconds", "cpu"):
-            out[n][f"dense over this, {unit}"] = statistics.median(r[base][unit] / r[n][unit] for r in seconds[1:])
-        print(*shape, f"L0 {out['L0']:.0f}", n, {k: float(f"{v:.3g}") for k, v in out[n].items()}, flush=True)
-    return out
+            row[unit] = statistics.median(r[n][unit] for r in seconds[1:])
+            row[f"dense over this, {unit}"] = statistics.median(r[base][unit] / r[n][unit] for r in seconds[1:])
+        row |= {"pairs per token": len(kept.z) / b, "touched latents": float((found.fired > 0).float().mean())}
+        rows.append(row)
+    return rows
 
 
-def memory(d: int = 2304, w: int = 1 << 20, batch: int = 4096, l0: float = 100) -> dict[str, dict[str, float]]:
-    """What a step with bfloat16 products holds, in GB (1e9 bytes), if every latent fires equally often."""
+def memory(_args: argparse.Namespace) -> list[Row]:
+    """What a step with bfloat16 products holds on paper, in GB, at d = 2304, width 2^20, batch 4,096 and L0 100, if
+    every latent fires equally often.
+    """
+    d, w, batch, l0 = 2304, 1 << 20, 4096, 100
     weights, touched = 2 * d * w, 1 - math.exp(-batch * l0 / w)
     rows = parts.TILE_ELEMENTS * parts.BFLOAT16_TILES // parts.BLOCK
     bytes_of = {
@@ -107,31 +110,29 @@ def memory(d: int = 2304, w: int = 1 << 20, batch: int = 4096, l0: float = 100) 
     table = {what: {"dense": a / 1e9, "sparse, lazy Adam": b / 1e9} for what, (a, b) in bytes_of.items()}
     whole = {column: sum(line[column] for line in table.values()) for column in ("dense", "sparse, lazy Adam")}
     untiled = {"dense": 2 * batch * w / 1e9, "sparse, lazy Adam": 0.0}
-    return {**table, "together": whole, "(pre-activations of the whole batch at once would be)": untiled}
+    table |= {"together": whole, "(pre-activations of the whole batch at once would be)": untiled}
+    return [{"what": what, **line} for what, line in table.items()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--l0", type=float, nargs="*", default=())
-    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory", action="store_true")
-    args = parser.parse_args()
-    if args.memory:
-        for what, line in memory().items():
-            print("|", what, "|", " | ".join(f"{v:.3g}" for v in line.values()), "|")
-        return
+def steps(args: argparse.Namespace) -> list[Row]:
+    """A whole step: gradients, projection, Adam, renormalisation."""
+    return _measured(args, (L0,), whole=True)
+
+
+def gradients(args: argparse.Namespace) -> list[Row]:
+    """Gradients alone, at the L0s of `--l0`: where sparse stops to pay."""
+    return _measured(args, args.l0, whole=False)
+
+
+def _measured(args: argparse.Namespace, l0s: Sequence[float], *, whole: bool) -> list[Row]:
     torch.set_num_threads(args.threads)
-    known = json.loads(FILE.read_text()) if FILE.exists() else {}
-    known |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds}
-    for shape in (SHAPES[i] for i in args.shapes):
-        for l0 in args.l0 or (L0,):
-            what = "gradients" if args.l0 else "steps"
-            found = measure(shape, l0, args.rounds, whole=not args.l0)
-            known.setdefault(what, {})[f"{shape} L0 {l0:g}"] = found
-            FILE.write_text(json.dumps(known, indent=2) + "\n")
+    shapes = ((64, 1024, 128),) if args.quick else tuple(SHAPES[i] for i in args.shapes)
+    return [row for shape in shapes for l0 in l0s for row in measure(shape, l0, args.rounds, whole=whole)]
 
 
 if __name__ == "__main__":
-    main()
+    arguments = record.parser(__doc__, rounds=3)
+    arguments.add_argument("--l0", type=float, nargs="*", default=(38, 100, 200, 400))
+    arguments.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)))
+    arguments.add_argument("--threads", type=int, default=1)
+    record.main(__file__, {"memory": memory, "steps": steps, "gradients": gradients}, arguments)

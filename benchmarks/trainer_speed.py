@@ -5,18 +5,17 @@ round everything runs once: the five products of a step alone (x W_enc, f W_dec,
 and in bfloat16, then a whole step (gradients, clipping, projection, Adam, renormalisation) of every architecture in
 both; JumpReLU's also by its dense path alone. --peer adds the JumpReLU trainers of SAELens and dictionary_learning, in
 their environments below .peers/ (`make test-peers`), in float32 and with autocast, on the same batch. Ratios are taken
-within rounds; medians are reported. Writes trainer_speed.json.
+within rounds; medians are reported.
 
-On a GPU (not run yet): --device cuda --only jumprelu --shape 2304 16384 4096, and the same with 65536. JumpReLU's step
-is then also taken with Triton's kernels, and apart, gradients and update. TFLOP/s are 10 d w a token over the seconds,
-which for a sparse step is more than it does. Writes trainer_speed_gpu_WIDTH.json.
+On a GPU (not run yet): --device cuda --architectures jumprelu --shape 2304 16384 4096, and the same with 65536.
+JumpReLU's step is then also taken with Triton's kernels, and apart, gradients and update. TFLOP/s are 10 d w a token
+over the seconds, which for a sparse step is more than it does.
 
 On a machine that others use: setsid -w sh -c 'echo -20 > /proc/self/autogroup; exec nice -n -20 "$@"' sh python ...
 """
 
 import argparse
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
+Row = dict[str, Any]
 D, W, B = 576, 4608, 4096
 DEVICE = "cpu"
 COMPUTE = ("float32", "bfloat16")
@@ -81,8 +81,7 @@ def dense(step: Callable[[], object]) -> Callable[[], object]:
 def peer(name: str, compute: str) -> Callable[[], object]:
     """A step of another trainer in a process of its own, which waits for a line before each."""
     python = HERE.parent / ".peers" / name / "bin" / "python"
-    shape = ["--shape", *map(str, (D, W, B)), "--device", DEVICE]
-    command = [str(python), __file__, "--serve", name, "--compute", compute, *shape]
+    command = [str(python), __file__, "--serve", name, compute, *map(str, (D, W, B)), DEVICE]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step() -> float:
@@ -138,53 +137,51 @@ def timed(work: Callable[[], object]) -> float:
     return inside if isinstance(inside, float) else time.perf_counter() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--only", default=",".join(ARCHITECTURES))
-    parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
-    parser.add_argument("--compute", help=argparse.SUPPRESS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("D", "W", "B"), default=(D, W, B))
-    args = parser.parse_args()
-    globals().update(DEVICE=args.device, **dict(zip("DWB", args.shape, strict=True)))
-    if args.serve:
-        serve({"saelens": saelens, "dictionary_learning": dictionary_learning}[args.serve](args.compute))
-        return
+def steps(args: argparse.Namespace) -> list[Row]:
+    """Each runs once in a round. Products are those of a step alone; a "dense" step is ours without the sparse path."""
+    shape = (64, 512, 256) if args.quick else args.shape
+    globals().update(DEVICE=args.device, **dict(zip("DWB", shape, strict=True)))
+    work = jobs(args.architectures, peers=args.peer)
+    found = [{name: timed(run) for name, run in work.items()} for _ in range(args.rounds + 1)][1:]
+    rows: list[Row] = []
+    for name in work:
+        row: Row = {"d": D, "d_sae": W, "batch": B, "threads": torch.get_num_threads(), "step": name}
+        row["seconds"] = statistics.median(r[name] for r in found)
+        row["over float32 products"] = statistics.median(r[name] / r["products float32"] for r in found)
+        if DEVICE == "cuda":
+            row["TFLOP/s"] = 1e-12 * 10 * D * W * B / row["seconds"]
+        for other in PEERS if args.peer else ():
+            row[f"{other} float32 over this"] = statistics.median(r[f"{other} float32"] / r[name] for r in found)
+        rows.append(row)
+    return rows
+
+
+def jobs(architectures: list[str], *, peers: bool) -> dict[str, Callable[[], object]]:
     work = {f"products {c}": products(getattr(torch, c)) for c in COMPUTE}
-    work |= {f"{a} {c}": ours(a, c) for a in args.only.split(",") for c in COMPUTE}
+    work |= {f"{a} {c}": ours(a, c) for a in architectures for c in COMPUTE}
     if DEVICE == "cpu":
-        work |= {f"jumprelu dense {c}": dense(work[f"jumprelu {c}"]) for c in COMPUTE}
+        work |= {f"jumprelu dense {c}": dense(ours("jumprelu", c)) for c in COMPUTE}
     else:
         work |= {f"jumprelu triton {c}": ours("jumprelu", c, "triton") for c in COMPUTE}
         parts = [(kernels, part) for kernels in ("torch", "triton") for part in ("gradients", "update")]
         work |= {f"{part} {k} bfloat16": ours("jumprelu", "bfloat16", k, part) for k, part in parts}
-    if args.peer:
-        work |= {f"{name} {c}": peer(name, c) for name in PEERS for c in COMPUTE}
-    for run in work.values():
-        timed(run)
-    rounds = [{name: timed(run) for name, run in work.items()} for _ in range(args.rounds)]
-    path = HERE / ("trainer_speed.json" if DEVICE == "cpu" else f"trainer_speed_gpu_{W}.json")
-    known = json.loads(path.read_text())["steps"] if path.exists() else {}
-    for name in work:
-        seconds = [r[name] for r in rounds]
-        known[name] = {
-            "seconds": statistics.median(seconds),
-            "all": seconds,
-            "over float32 products": statistics.median(r[name] / r["products float32"] for r in rounds),
-        }
-        if DEVICE == "cuda":
-            known[name]["TFLOP/s"] = 1e-12 * 10 * D * W * B / known[name]["seconds"]
-        for other in PEERS if args.peer else ():
-            ratio = statistics.median(r[f"{other} float32"] / r[name] for r in rounds)
-            known[name][f"{other} float32 over this"] = ratio
-        line = [f"{k} {v:.3f}" for k, v in known[name].items() if k != "all"]
-        print(f"{name:20}", "  ".join(line))
-    about = {"d_model": D, "d_sae": W, "batch": B, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    if DEVICE == "cuda":
-        about |= {"device": torch.cuda.get_device_name(), "peak bytes": torch.cuda.max_memory_allocated()}
-    path.write_text(json.dumps({**about, "steps": known}, indent=2) + "\n")
+    return work | {f"{name} {c}": peer(name, c) for name in PEERS if peers for c in COMPUTE}
+
+
+def main() -> None:
+    if "--serve" in sys.argv[1:2]:
+        name, compute, *shape, device = sys.argv[2:]
+        globals().update(DEVICE=device, **dict(zip("DWB", map(int, shape), strict=True)))
+        serve({"saelens": saelens, "dictionary_learning": dictionary_learning}[name](compute))
+        return
+    import record
+
+    arguments = record.parser(__doc__)
+    arguments.add_argument("--peer", action="store_true")
+    arguments.add_argument("--architectures", nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--shape", type=int, nargs=3, metavar=("D", "W", "B"), default=(D, W, B))
+    record.main(__file__, {"steps": steps}, arguments)
 
 
 if __name__ == "__main__":

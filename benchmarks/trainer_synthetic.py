@@ -1,31 +1,29 @@
-"""Which architecture recovers known features: python benchmarks/trainer_synthetic.py [--seeds N] [--steps N] [--fast].
+"""Which architecture recovers known features: python benchmarks/trainer_synthetic.py [--seeds N] [--steps N].
 
 A world of 512 features in 64 dimensions (`tests/synthetic.py`, after SynthSAEBench), SAEs of width 128, which is the
 quarter of the features that fire most, at the L0 that those have. Each seed is a world and initial weights of its own.
-F1, MCC and FVU are over 20,000 held-out activations, in trainer_synthetic.json as means and standard errors. --fast is
-the smaller world of the test.
+F1, MCC and FVU are over 20,000 held-out activations.
 """
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
+from record import HERE, Row
 
-HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
-import synthetic  # noqa: E402  the tests' world
+import synthetic
 
-from trainer.recipe import SHORT  # noqa: E402
-from trainer.sae import init_sae  # noqa: E402
-from trainer.train import train  # noqa: E402
+from trainer.recipe import SHORT
+from trainer.sae import init_sae
+from trainer.train import train
 
 
 def batches(x: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
@@ -66,24 +64,26 @@ def run(seed: int, steps: int, *, fast: bool) -> dict[str, dict[str, float]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--fast", action="store_true")
-    args = parser.parse_args()
+def architectures(args: argparse.Namespace) -> list[Row]:
+    """Means over seeds, with standard errors. `true l0` is the L0 of the features that the SAE has room for."""
     torch.set_num_threads(1)
-    runs = [run(seed, args.steps, fast=args.fast) for seed in range(args.seeds)]
-    table: dict[str, dict[str, Any]] = {}
+    steps = 20 if args.quick else args.steps
+    runs = [run(seed, steps, fast=args.fast or args.quick) for seed in range(1 if args.quick else args.seeds)]
+    table: list[Row] = []
     for name in runs[0]:
-        table[name] = {}
-        for figure in runs[0][name]:
-            values = [r[name][figure] for r in runs]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-            table[name][figure] = {"mean": statistics.mean(values), "standard error": error}
-    about = {"seeds": args.seeds, "steps": args.steps, "world": "fast" if args.fast else "full"}
-    (HERE / "trainer_synthetic.json").write_text(json.dumps({**about, "architectures": table}, indent=2) + "\n")
+        row: Row = {"architecture": name, "seeds": len(runs), "steps": steps}
+        for measure in runs[0][name]:
+            values = [r[name][measure] for r in runs]
+            row[measure] = statistics.mean(values)
+            if len(values) > 1:
+                row[f"{measure} ±"] = statistics.stdev(values) / math.sqrt(len(values))
+        table.append(row)
+    return table
 
 
 if __name__ == "__main__":
-    main()
+    arguments = record.parser(__doc__)
+    arguments.add_argument("--seeds", type=int, default=5)
+    arguments.add_argument("--steps", type=int, default=4000)
+    arguments.add_argument("--fast", action="store_true", help="the smaller world of the test")
+    record.main(__file__, {"architectures": architectures}, arguments)

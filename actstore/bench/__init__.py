@@ -1,30 +1,22 @@
 """Benchmarks of IO: `actstore bench`, the third of the user's jobs.
 
-`codec`, `write`, `read`, `storage` and `peers` each compare rates with ceilings that the same run measures (memory
-copy, bare decode, gather, raw GET) and name what bounds them.
+`write`, `read` and `storage` each compare rates with ceilings that the same run measures (memory copy, bare encode,
+decode and gather, raw GET) and name what bounds them. `benchmarks/` compares with other loaders.
 """
 
-from actstore.bench.codec import bench_codec
-from actstore.bench.everything import bench_all
-from actstore.bench.peers import bench_peers
 from actstore.bench.read import bench_read
-from actstore.bench.report import GB, Rate, Report, activations_like, machine, memcpy, rate, show
+from actstore.bench.report import Rate, Report, activations_like, machine, memcpy, show
 from actstore.bench.storage import bench_storage
 from actstore.bench.write import bench_write
 
 __all__ = [
-    "GB",
     "Rate",
     "Report",
     "activations_like",
-    "bench_all",
-    "bench_codec",
-    "bench_peers",
     "bench_read",
     "bench_storage",
     "bench_write",
     "machine",
     "memcpy",
-    "rate",
     "show",
 ]

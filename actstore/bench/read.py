@@ -2,27 +2,24 @@
 
 Every round measures memory copy, bare fetch, decode and gather, then the loader shuffled and in stored order, so that
 ratios hold on a machine that drifts. Fetch takes the byte ranges that the loader would take, so for an object store it
-is the raw concurrent GET of the same objects; for a directory it reads the page cache. Decode and gather share the
-cores in the loader, hence the ceiling min(fetch, 1 / (1 / decode + 1 / gather)).
+is the raw concurrent GET of the same objects; for a directory it brings in the pages of its maps. Decode and gather
+share the cores in the loader, hence the ceiling min(fetch, 1 / (1 / decode + 1 / gather)).
 """
 
 import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from actstore.bench.report import GB, PASSES, Rate, Report, alternate, copying, machine, medians, memory_copy, timed
-from actstore.store.format import codec
+from actstore.bench.report import GB, PASSES, Rate, Report, alternate, copying, machine, medians, memory_copy
 from actstore.store.read.store import Store, open_store
 from actstore.store.storage import LocalStorage
-from actstore.stream import gather as gathering
+from actstore.stream.columns import columns_of
 from actstore.stream.dataset import ActivationDataset
-from actstore.stream.memory import addresses
 from actstore.stream.settings import Settings
+from actstore.stream.stages import Stages, gb_per_s, in_turn
 
 REMOTE_FETCHES = 16
 """Requests in flight to an object store, unless told; `actstore bench storage` finds what a backend wants."""
@@ -54,20 +51,19 @@ def bench_read(
     cores = os.cpu_count() or 1
     local = isinstance(store.storage, LocalStorage)
     used, fetches = threads or cores, inflight or (threads or cores if local else REMOTE_FETCHES)
-    with ThreadPoolExecutor(max(used, fetches)) as pool:
-        bare = _Bare(store, site, pool, used, fetches, batch_size)
-        runs = {
-            "shuffled": _Loader(store, site, batch_size, seconds / rounds, threads, inflight, shuffle=True),
-            "stored order": _Loader(store, site, batch_size, seconds / rounds, threads, inflight, shuffle=False),
-        }
-        stages = {
-            "copy": timed(copying()),
-            "fetch": timed(bare.fetch),
-            "decode": timed(bare.decode),
-            "gather": timed(bare.gather),
-            "gather, 1 thread": timed(bare.gather_alone),
-        }
-        found = alternate({**stages, **runs}, rounds)
+    columns = columns_of(store, (site,), (), dtype=None, factors={})
+    num_chunks = max(2 * fetches, SAMPLE_BYTES // columns[site].chunk_bytes)
+    bare = Stages(columns, num_chunks=num_chunks, batch_rows=batch_size, threads=used, fetchers=fetches)
+    stages: dict[str, Callable[[], int]] = {
+        "copy": copying(),
+        "fetch": bare.fetch,
+        "decode": bare.decode,
+        "gather": bare.gather,
+        "gather, 1 thread": partial(bare.gather, threads=1),
+    }
+    loader = partial(_Loader, store, site, batch_size, seconds / rounds, threads, inflight)
+    runs = {"shuffled": loader(shuffle=True), "stored order": loader(shuffle=False)}
+    found = alternate({**{name: partial(gb_per_s, work) for name, work in stages.items()}, **runs}, rounds)
     names = {
         "fetch": f"fetch, {fetches} at once",
         "decode": f"decode, {used} threads",
@@ -90,7 +86,7 @@ def _report(
         rates.append(Rate(what=f"loader, {order}", gb_s=median[order], of_ceiling=ratio, ceiling=CEILING))
     shuffling = statistics.median(r["shuffled"] / r["stored order"] for r in found)
     slowest = bound(median)
-    together = 1 / (1 / median["decode"] + 1 / median["gather"])
+    together = in_turn(median["decode"], median["gather"])
     return Report(
         command=f"actstore bench read {url} --site {site}",
         rates=rates,
@@ -104,83 +100,14 @@ def _report(
 
 def ceiling(rates: dict[str, float]) -> float:
     """What the stages allow together, in GB/s."""
-    return min(rates["fetch"], 1 / (1 / rates["decode"] + 1 / rates["gather"]))
+    return min(rates["fetch"], in_turn(rates["decode"], rates["gather"]))
 
 
 def bound(rates: dict[str, float]) -> str:
     """The stage that limits: fetch if it is slower than decode and gather in turn, else the slower of these."""
-    if rates["fetch"] <= 1 / (1 / rates["decode"] + 1 / rates["gather"]):
+    if rates["fetch"] <= in_turn(rates["decode"], rates["gather"]):
         return "fetch"
     return "decode" if rates["decode"] <= rates["gather"] else "gather"
-
-
-class _Bare:
-    """Fetch, decode and gather, each alone; every call returns the decoded bytes that it was for."""
-
-    def __init__(
-        self, store: Store, site: str, pool: ThreadPoolExecutor, threads: int, fetches: int, batch_size: int
-    ) -> None:
-        where = store.index.arrays[site]
-        self._array, self._storage, self._pool = where.array, store.storage, pool
-        self._threads, self._fetches = threads, fetches
-        self._calibration = store.calibration(site) if site in store.index.calibration else None
-        present = np.argwhere(where.chunks > 0)
-        count = min(len(present), max(2 * fetches, SAMPLE_BYTES // self._array.chunk_bytes))
-        chosen = present[np.linspace(0, len(present) - 1, count).astype(int)]
-        self._places = [where.locate(int(p), int(store.index.buckets[p]), int(c)) for p, c in chosen]
-        self._stored = [self._storage.get_range(p.key, p.offset, p.length) for p in self._places]
-        self._decoded = np.empty((count, self._array.chunk_bytes), np.uint8)
-        rng = np.random.default_rng(0)
-        self._buffer, self._row = (
-            rng.integers(0, count, batch_size),
-            rng.integers(0, self._array.chunk_rows, batch_size),
-        )
-        width = int(np.prod(self._array.shape[1:]))
-        self._out = np.empty((batch_size, width), f"u{self._array.dtype.itemsize}")
-        self._batches = max(1, self._decoded.nbytes // self._out.nbytes)
-
-    def _spread(self, one: Callable[[int], None], count: int, workers: int) -> None:
-        """`one` for every number below `count`, on so many threads; whoever is free takes the next one."""
-        numbers = iter(range(count))
-
-        def some(_: int) -> None:
-            for i in numbers:
-                one(i)
-
-        list(self._pool.map(some, range(min(workers, count))))
-
-    def fetch(self) -> int:
-        def one(i: int) -> None:
-            p = self._places[i]
-            self._storage.get_range(p.key, p.offset, p.length)
-
-        self._spread(one, len(self._places), self._fetches)
-        return self._decoded.nbytes
-
-    def decode(self) -> int:
-        def one(i: int) -> None:
-            codec.decode_into(self._stored[i], self._array.codec, self._decoded[i], f"chunk {i}")
-
-        self._spread(one, len(self._places), self._threads)
-        return self._decoded.nbytes
-
-    def gather(self) -> int:
-        edges = np.linspace(0, len(self._row), self._threads + 1).astype(int)
-
-        def one(i: int) -> None:
-            self._gather(slice(edges[i % self._threads], edges[i % self._threads + 1]))
-
-        self._spread(one, self._threads * self._batches, self._threads)
-        return self._batches * self._out.nbytes
-
-    def gather_alone(self) -> int:
-        for _ in range(self._batches):
-            self._gather(slice(None))
-        return self._batches * self._out.nbytes
-
-    def _gather(self, rows: slice) -> None:
-        buffer, row, out = self._buffer[rows], self._row[rows], self._out[rows]
-        gathering.gather(addresses(self._decoded), buffer, row, out, self._array, self._calibration)
 
 
 class _Loader:

@@ -10,10 +10,10 @@ import platform
 import secrets
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,12 @@ from numpy.typing import NDArray
 
 from actstore import console
 from actstore.store.storage import LocalStorage, Storage, open_storage
+from actstore.stream.stages import gb_per_s
 
 GB = 1e9
 PASSES = 5
 SCRATCH = "actstore-bench-"
 """How the names of everything that a benchmark writes begin."""
-NOTE = "note"
-"""In `Rate.more`: why there is no rate."""
-QUIET = ("knee", "packages")
-"""Figures that the table shows already, or that nobody reads on a terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +37,8 @@ class Rate:
     """One line of a benchmark."""
 
     what: str
-    gb_s: float | None
-    """None where it could not be measured; `more` says why."""
-    of_ceiling: float | None
+    gb_s: float
+    of_ceiling: float
     """Ratio to the ceiling that the line names."""
     ceiling: str
     more: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -100,22 +96,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def rate(work: Callable[[], int], passes: int = PASSES) -> float:
-    """Median GB/s of `work`, which returns the bytes it moved; one pass warms up."""
-    return statistics.median(r["work"] for r in alternate({"work": timed(work)}, passes))
-
-
-def timed(work: Callable[[], int]) -> Callable[[], float]:
-    """`work`, which returns the bytes that it moved, as a stage."""
-
-    def stage() -> float:
-        began = time.perf_counter()
-        moved = work()
-        return moved / (time.perf_counter() - began) / GB
-
-    return stage
-
-
 def alternate(stages: Mapping[str, Callable[[], float]], rounds: int = PASSES) -> list[dict[str, float]]:
     """What every stage returns, its GB/s, in every round, one stage after the other; one more round warms up."""
     return [{name: stage() for name, stage in stages.items()} for _ in range(rounds + 1)][1:]
@@ -139,8 +119,9 @@ def copying(nbytes: int = 1 << 24) -> Callable[[], int]:
 
 
 def memcpy(nbytes: int = 1 << 24) -> float:
-    """GB/s of copying warm memory on one core."""
-    return rate(copying(nbytes))
+    """GB/s of copying warm memory on one core: the median of some passes; one more warms up."""
+    work = copying(nbytes)
+    return medians(alternate({"copy": partial(gb_per_s, work)}))["copy"]
 
 
 def memory_copy(gb_s: float) -> Rate:
@@ -182,7 +163,7 @@ def table(report: Report) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     """Header and lines of a report's rates, with the further columns that any line has."""
     if is_grid(report):
         return _grid(report)
-    more = [n for n in dict.fromkeys(name for r in report.rates for name in r.more) if n != NOTE]
+    more = list(dict.fromkeys(name for r in report.rates for name in r.more))
     ceilings = {r.ceiling for r in report.rates[1:]}
     several = len(ceilings) > 1
     lines = [
@@ -204,33 +185,22 @@ def _grid(report: Report) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     lines: list[tuple[Any, ...]] = []
     for verb, mib in sorted({(verb, mib) for verb, mib, _ in cells}):
         found = [cells.get((verb, mib, n)) for n in columns]
-        best = max((r.of_ceiling or 0.0 for r in found if r), default=None)
+        best = max(r.of_ceiling for r in found if r)
         rates = (r.gb_s if r else None for r in found)
         lines.append((f"{verb} {mib:g} MiB", *rates, best, report.figures["knee"][verb][f"{mib:g} MiB"]))
     return ("GB/s by requests at once", *map(str, columns), "best of memory copy", "knee"), lines
 
 
-def unmeasured(report: Report) -> list[str]:
-    """A line for every rate that could not be measured."""
-    return [f"{r.what}: {r.more.get(NOTE)}" for r in report.rates if r.gb_s is None]
-
-
-def show(report: Report, json: Path | None = None, plot: Path | None = None) -> None:
-    """Print a report; write it as JSON and as a plot where the user asked for them."""
+def show(report: Report, json: Path | None = None) -> None:
+    """Print a report; write it as JSON where the user asked for that."""
     header, lines = table(report)
     console.print_table(report.command, lines, header=header)
-    for line in unmeasured(report):
-        print(line)
-    figures = {k: v for k, v in flat(report.figures).items() if k.partition(",")[0] not in QUIET}
+    figures = {k: v for k, v in flat(report.figures).items() if k.partition(",")[0] != "knee"}
     if figures:
         console.print_table("", figures)
     print(f"bound: {report.bound} ({report.why})")
     print(machine_line(report))
     console.write_json(json, report)
-    if plot is not None:
-        from actstore.bench.plot import draw
-
-        draw(report, plot)
 
 
 def machine_line(report: Report) -> str:

@@ -105,7 +105,7 @@ def knee(curve: dict[int, float]) -> int:
 def _curve(rates: list[Rate], verb: str, mib: float) -> dict[int, float]:
     """GB/s by concurrency."""
     chosen = [r for r in rates if r.more.get("verb") == verb and r.more["MiB"] == mib]
-    return {r.more["at once"]: r.gb_s for r in chosen if r.gb_s is not None}
+    return {r.more["at once"]: r.gb_s for r in chosen}
 
 
 def _cell(
@@ -158,14 +158,14 @@ def _processor() -> float:
 
 def _bound(rates: list[Rate], *, local: bool) -> tuple[str, str]:
     """What limits GET at its best: the latency of requests, the client's processor, or the backend."""
-    best = max((r for r in rates if r.more.get("verb") == "GET"), key=lambda r: r.gb_s or 0.0)
+    best = max((r for r in rates if r.more.get("verb") == "GET"), key=lambda r: r.gb_s)
     curve = _curve(rates, "GET", best.more["MiB"])
     *_, before, top = (0, 0, *sorted(curve))
     own = best.more["client cores"]
     why = f"best is {best.what} with {best.gb_s:.3g} GB/s on {own:.2g} of {os.cpu_count()} cores"
     if before and curve[top] >= RISING * curve[before]:
         return "latency", f"{why}; more requests at once may give more"
-    if (best.of_ceiling or 0.0) >= MEMORY:
+    if best.of_ceiling >= MEMORY:
         return "memory", f"{why}; that is {best.of_ceiling:.0%} of a memory copy"
     if own >= BUSY * (os.cpu_count() or 1):
         return "processor", f"{why}; the client itself is what is slow"

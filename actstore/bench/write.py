@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ from actstore.bench.report import (
     medians,
     memory_copy,
     scratch,
-    timed,
 )
 from actstore.store import SiteSpec, Storage, StoreSpec, StoreWriter, create_store, open_store
 from actstore.store.format import codec
@@ -38,6 +38,7 @@ from actstore.store.read.values import BucketRows, Values
 from actstore.store.storage import LocalStorage
 from actstore.store.write.bucket import LOCAL_PUTS, REMOTE_PUTS
 from actstore.store.write.protocol import NotWritten
+from actstore.stream.stages import gb_per_s
 
 BLOCK_ROWS = 1 << 15
 SITE = "bench.0"
@@ -88,7 +89,7 @@ def bench_write(
     spec = StoreSpec(sites={SITE: SiteSpec(d=block.shape[1])}, rows=rows, bucket_rows=rows)
     with tempfile.TemporaryDirectory(prefix="actstore-bench-") as folder, scratch(url or folder) as storage:
         run = _Run(storage, spec, block, threads or os.cpu_count() or 1)
-        found = alternate({"copy": timed(copying()), **run.stages()}, rounds)
+        found = alternate({"copy": partial(gb_per_s, copying()), **run.stages()}, rounds)
     median = medians(found)
     through = statistics.median(r["through"] / r["encode"] for r in found)
     whole = statistics.median(r["write"] / min(r["encode"], r["put"]) for r in found)

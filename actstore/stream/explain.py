@@ -1,17 +1,14 @@
 """What a plan means in figures, before a run: memory, requests, cost, mixing, and the rate to expect."""
 
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from actstore.store.format import codec
 from actstore.stream.columns import Column
-from actstore.stream.memory import HostMemory, Recycler
 from actstore.stream.part import Part
 from actstore.stream.plan import Fit
+from actstore.stream.stages import Stages, gb_per_s, in_turn
 
 REMEDIES = {
     "fetch": "raise max_inflight, use larger chunks, or move the store nearer",
@@ -20,7 +17,7 @@ REMEDIES = {
     "consumer": "nothing to mend here",
 }
 """What to do about each bound."""
-PROBE_CHUNKS = 4
+PROBE_CHUNKS, PROBE_ROWS = 4, 4096
 
 
 def explain(
@@ -83,54 +80,20 @@ def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def _expected(columns: Mapping[str, Column], threads: tuple[int, int], *, batch: int) -> dict[str, Any]:
     """GB/s of each stage on a few chunks, and of the whole."""
     workers, fetchers = threads
-    present = np.argwhere(next(iter(columns.values())).index.chunks > 0)
-    chosen = present[np.linspace(0, len(present) - 1, min(PROBE_CHUNKS, len(present))).astype(int)]
-    memory = HostMemory(columns, len(chosen), Recycler(2))
-    spots = [
-        (c, i, c.index.locate(int(p), int(c.store.index.buckets[p]), int(k)))
-        for i, (p, k) in enumerate(chosen)
-        for c in columns.values()
-    ]
-    nbytes = sum(c.chunk_bytes for c, _, _ in spots)
-    data: dict[tuple[str, int], Any] = {}
-
-    def fetch(spot: Any) -> None:
-        c, i, at = spot
-        data[c.name, i] = c.store.storage.get_range(at.key, at.offset, at.length)
-
-    def decode(spot: Any) -> None:
-        c, i, at = spot
-        out = np.empty(c.chunk_bytes, np.uint8) if c.in_place else memory.chunk(c.name, i)
-        codec.decode_into(data[c.name, i], c.index.array.codec, out, at.key)
-        if c.in_place:
-            memory.take(c.name, i, out)
-
-    rng = np.random.default_rng(0)
-    rows = min(batch, 4096)
-    buffer = rng.integers(0, len(chosen), rows)
-    row = rng.integers(0, spots[0][0].index.array.chunk_rows, rows)
-    target = memory.batch(rows)
-    moved = sum(c.index.array.row_bytes for c in columns.values() if c.deliver) * rows
-    with ThreadPoolExecutor(max(workers, fetchers)) as pool:
-        rates = {
-            "fetch": nbytes / _seconds(lambda: list(pool.map(fetch, spots))) / 1e9,
-            "decode": nbytes / _seconds(lambda: list(map(decode, spots))) / 1e9 * workers,
-            "gather": moved / _seconds(lambda: memory.gather(target, 0, buffer, row)) / 1e9 * workers,
-        }
-    # what workers do one after the other takes the sum of the times
-    busy = 1 / rates["decode"] + 1 / rates["gather"] + (0 if fetchers else 1 / rates["fetch"])
-    whole = min(1 / busy, rates["fetch"])
+    rows = min(batch, PROBE_ROWS)
+    stages = Stages(columns, num_chunks=PROBE_CHUNKS, batch_rows=rows, threads=1, fetchers=max(threads))
+    # a first gather, like the fetch and decode of the constructor, meets cold caches and compilers
+    stages.gather()
+    rates = {
+        "fetch": gb_per_s(stages.fetch),
+        "decode": gb_per_s(stages.decode) * workers,
+        "gather": gb_per_s(stages.gather) * workers,
+    }
+    alone = () if fetchers else (rates["fetch"],)
+    whole = min(in_turn(rates["decode"], rates["gather"], *alone), rates["fetch"])
     return {
         "expected_gb_s": round(whole, 3),
         "expected_rows_s": round(whole * 1e9 / sum(c.index.array.row_bytes for c in columns.values())),
         "expected_bound": min(rates, key=lambda k: rates[k]),
         **{f"{k}_gb_s": round(v, 3) for k, v in rates.items()},
     }
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Of the second of two runs: the first one meets cold caches and compilers."""
-    work()
-    began = time.perf_counter()
-    work()
-    return max(time.perf_counter() - began, 1e-9)

@@ -2,13 +2,12 @@
 """What a peer's script runs in its own environment: measure a loader's batches and print the figures as JSON.
 
 Needs numpy and Linux's /proc only. A batch is a tensor or array [B, d] of 2-byte elements; the first two of every row
-hold its number (see `source.py`), so that what arrives is checked against the source, bit for bit.
+hold its number (see `peers.py`), so that what arrives is checked against the source, bit for bit.
 """
 
 import argparse
 import json
 import os
-import statistics
 import sys
 import threading
 import time
@@ -42,13 +41,13 @@ def main(prepare: Callable[[Any, Path], None], batches: Callable[[Run], Iterator
     parser.add_argument("folder", type=Path)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, required=True)
     args = parser.parse_args()
     source = np.load(args.source, mmap_mode="r")
     if args.phase == "prepare":
-        began = time.perf_counter()
         prepare(source, args.folder)
-        found: dict[str, Any] = {"prepare s": time.perf_counter() - began, "stored bytes": size(args.folder)}
+        stored = sum(p.stat().st_size for p in args.folder.rglob("*") if p.is_file())
+        found: dict[str, Any] = {"raw / stored": source.nbytes / stored}
     else:
         found = read(source, lambda e: batches(Run(args.folder, args.batch_size, args.workers, e)), args.seconds)
     sys.stdout.flush()
@@ -57,8 +56,8 @@ def main(prepare: Callable[[Any, Path], None], batches: Callable[[Run], Iterator
 
 def read(source: np.ndarray, epoch: Callable[[int], Iterator[Any]], seconds: float) -> dict[str, Any]:
     """Rates for so many seconds of epochs on end, after a third of that to warm up: steady at both ends."""
-    copy, memory = memory_copy(), Memory()
-    rows, epochs, used, idle, first_s, batch = 0, 0, 0.0, 0.0, 0.0, None
+    memory = Memory()
+    rows, epochs, used, first_s, batch = 0, 0, 0.0, 0.0, None
     created = time.perf_counter()
     began = end = 0.0
     while not end or time.perf_counter() < end:
@@ -72,58 +71,36 @@ def read(source: np.ndarray, epoch: Callable[[int], Iterator[Any]], seconds: flo
                 if now >= end:
                     break
             elif now - created - first_s >= seconds / 3:
-                began, end, used, idle = now, now + seconds, processor_seconds(), idle_seconds()
+                began, end, used = now, now + seconds, processor_seconds()
         if batch is before:
             raise RuntimeError("an epoch had no batch")
         epochs += 1
-    spent, used = time.perf_counter() - began, processor_seconds() - used
-    idle = idle_seconds() - idle
+    spent = time.perf_counter() - began
+    gb = rows * source.shape[1] * 2 / 1e9
     return {
+        "GB/s": gb / spent,
         "rows/s": rows / spent,
-        "GB/s": rows * source.shape[1] * 2 / spent / 1e9,
-        "memory copy GB/s": copy,
+        "processor s/GB": (processor_seconds() - used) / gb,
         "first batch s": first_s,
-        "peak MiB": memory.stop() / 2**20,
-        "processor s": used,
-        "idle s": idle,
-        "wall s": spent,
-        "rows": rows,
-        "epochs": epochs,
+        "peak MB": memory.stop() / 1e6,
         **check(source, batch),
     }
 
 
-def check(source: np.ndarray, batch: Any) -> dict[str, Any]:
-    """Whether a batch is of rows of the source, and how widely they are drawn: blocks met over those expected."""
-    bits = as_bits(batch)
+def check(source: np.ndarray, batch: Any) -> dict[str, float]:
+    """Check rows of a batch against the source; `spread` is how many blocks it draws from, over those expected."""
+    if not isinstance(batch, np.ndarray):
+        import torch
+
+        batch = batch.view(torch.int16).numpy()
+    bits = batch.view(np.uint16)
     number = bits[:, 0].astype(np.int64) | bits[:, 1].astype(np.int64) << 16
     some = np.linspace(0, len(bits) - 1, min(len(bits), CHECKED_ROWS)).astype(int)
     if number.max() >= len(source) or not all(np.array_equal(bits[i], source[number[i]]) for i in some):
         raise RuntimeError("a batch holds rows that the source does not have")
     blocks = -(-len(source) // BLOCK_ROWS)
-    met, expected = len(np.unique(number // BLOCK_ROWS)), blocks * (1 - (1 - 1 / blocks) ** len(bits))
-    return {"batch rows": len(bits), "rows twice": len(bits) - len(np.unique(number)), "spread": met / expected}
-
-
-def as_bits(batch: Any) -> np.ndarray:
-    """A batch as uint16 [B, d]."""
-    if not isinstance(batch, np.ndarray):
-        import torch
-
-        batch = batch.view(torch.int16).numpy()
-    return batch.view(np.uint16)
-
-
-def memory_copy() -> float:
-    """GB/s of copying warm memory on one core, median of five."""
-    source, target = np.ones(1 << 24, np.uint8), np.empty(1 << 24, np.uint8)
-    found = []
-    for _ in range(6):
-        began = time.perf_counter()
-        for _ in range(8):
-            np.copyto(target, source)
-        found.append(8 * source.nbytes / (time.perf_counter() - began) / 1e9)
-    return statistics.median(found[1:])
+    expected = blocks * (1 - (1 - 1 / blocks) ** len(bits))
+    return {"spread": len(np.unique(number // BLOCK_ROWS)) / expected}
 
 
 def session() -> Iterator[tuple[Path, list[str]]]:
@@ -142,12 +119,6 @@ def processor_seconds() -> float:
     """User and system time of this session, ended children included."""
     ticks = sum(sum(map(int, fields[11:15])) for _, fields in session())
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def idle_seconds() -> float:
-    """Time that all cores of the machine were idle or waited for a disk (proc_stat(5))."""
-    fields = Path("/proc/stat").read_text().split(maxsplit=6)
-    return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_bytes() -> int:
@@ -180,8 +151,3 @@ class Memory:
         self._done.set()
         self._thread.join()
         return self._peak
-
-
-def size(folder: Path) -> int:
-    """Bytes of all files below."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -2,7 +2,9 @@
 """SAELens' cache path: its `ActivationsStore` over a cached Arrow data set, with its mixing buffer, one process.
 
 The data set has the columns that its `CacheActivationsRunner` writes, sequences of 256 tokens, but int16 bits of bf16
-in place of its default float32: Arrow has no bf16, and float32 would be twice the bytes.
+in place of its default float32: Arrow has no bf16, and float32 would be twice the bytes. The mixing buffer has the 64
+batches of its tutorial.
+https://decoderesearch.github.io/SAELens/latest/training_saes/
 """
 
 import shutil

@@ -1,5 +1,10 @@
 # pyright: basic, reportMissingImports=false
-"""WebDataset: tar shards of one .bin a sample, shuffled shards and a buffer of 5,000 samples, batched in workers."""
+"""WebDataset as its documentation sets it up: tar shards, shuffled shards and a buffer, batched in workers.
+
+One .bin a sample, all shards shuffled, a buffer of 5,000 samples where the README's example has 1,000, so
+that a batch of 4,096 is mixed at all. Workers batch, and `WebLoader` has `batch_size=None`, as the README advises.
+https://github.com/webdataset/webdataset
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

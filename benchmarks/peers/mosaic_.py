@@ -1,5 +1,10 @@
 # pyright: basic, reportMissingImports=false
-"""MosaicML Streaming: MDS shards of one ndarray a sample, default shuffle (py1e) and block size, its own DataLoader."""
+"""MosaicML Streaming as its documentation sets it up: MDS shards and its own DataLoader.
+
+One ndarray a sample; `shuffle=True` with the default algorithm (py1e) and block size, `batch_size` given to the data
+set as well, so that it partitions samples as the loader batches them.
+https://docs.mosaicml.com/projects/streaming/en/latest/api_reference/generated/streaming.StreamingDataset.html
+"""
 
 import sys
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 # pyright: basic, reportMissingImports=false
-"""LitData: chunks of 64 MB of one-dimensional int16 tensors, shuffle on, its own DataLoader.
+"""LitData as its README sets it up: `optimize` into chunks of 64 MB, shuffle on, its own DataLoader.
+
+https://github.com/Lightning-AI/litData
 
 Int16, because the serializer of one-dimensional tensors, which needs no header a row, takes no bf16.
 """

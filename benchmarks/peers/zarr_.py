@@ -2,7 +2,8 @@
 """zarr-python and a torch DataLoader: a sharded array with zarr's default compressor, read in runs of shuffled chunks.
 
 zarr has no loader; this one reads whole chunks, eight at a time in random order, and permutes their rows, which is
-what its guides on chunks and sharding lead to. Single rows would decode a chunk each.
+what its guide leads to: read whole chunks, and shard where files would be many. Single rows would decode a chunk each.
+https://zarr.readthedocs.io/en/stable/user-guide/performance.html
 """
 
 from collections.abc import Iterator
