@@ -4,17 +4,21 @@ Multiprocessing's fork server imports what is heavy once for each test process, 
 fork of it. A command then costs its work, without three seconds of imports.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import resource
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from subprocess import CompletedProcess, TimeoutExpired
+from subprocess import CompletedProcess
 from typing import Any
+
+import psutil
 
 HEAVY = [
     "actstore.bench",
@@ -25,6 +29,7 @@ HEAVY = [
     "trainer.sweep",
 ]
 HEAVY += ["accelerate", "gcsfs", "obstore", "hypothesis", "pytest"]
+HEAVY += ["tests.warm"]  # found from the repository's root; elsewhere it is left out
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(HEAVY)
@@ -52,15 +57,25 @@ def _actstore(file_bytes: int | None, args: tuple[str, ...]) -> None:
 
 
 def run_in_fork(function: Callable[..., object], *args: Any, timeout: float = 120) -> CompletedProcess[str]:
-    """Call a function of a module in a process of its own, and wait for its end."""
+    """Call a function of a module in a process of its own, and wait for its end.
+
+    One that takes longer than `timeout` seconds is killed with all that it started; the error has their tracebacks.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = start_fork(_redirected, out, err, function, args)
         process.join(timeout)
         if process.exitcode is None:
-            process.kill()
+            assert process.pid is not None
+            every = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for one in every:
+                if "python" in one.name():  # the others would die of the signal
+                    one.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+            for one in every:
+                one.kill()
             process.join()
-            raise TimeoutExpired(function.__name__, timeout, out.read_text(), err.read_text())
+            raise TimeoutError(f"{function.__name__}: more than {timeout} s\n{out.read_text()}{err.read_text()}")
         return CompletedProcess(function.__name__, process.exitcode, out.read_text(), err.read_text())
 
 
@@ -68,6 +83,7 @@ def _redirected(out: Path, err: Path, function: Callable[..., object], args: tup
     for file, descriptor in ((out, 1), (err, 2)):
         with file.open("wb") as opened:
             os.dup2(opened.fileno(), descriptor)
+    faulthandler.register(signal.SIGUSR1)
     function(*args)
 
 

@@ -25,7 +25,15 @@ from actstore.store.write import protocol
 from actstore.store.write.protocol import Attempt, NotWritten
 from actstore.stream import Settings
 
-LONGEST = ("test_demo.py", "test_cluster.py", "test_readme.py", "test_trainer_synthetic.py", "test_trainer_parallel.py")
+LONGEST = (
+    "test_cluster.py",
+    "test_readme.py",
+    "test_trainer_parallel.py",
+    "test_storage.py",
+    "test_capture.py",
+    "test_demo.py",
+    "test_trainer_synthetic.py",
+)
 """Files that start first, so that no process is left alone with one of them at the end."""
 
 torch.set_num_threads(1)  # the models here are so small that threads only get in each other's way

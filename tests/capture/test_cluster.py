@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from commands import start_fork
 from conftest import without_mark, without_ray
 from faults import FaultyProxy
 from rich.console import Console
@@ -133,21 +132,30 @@ def check(config, undisturbed, kept=frozenset()):
     assert not kept & stored.keys()
 
 
-SCRIPT = """
-from pathlib import PosixPath
-import sys
-from actstore.capture import CaptureConfig, capture
-from actstore.progress import Progress
-if __name__ == "__main__":
+def drive(config: CaptureConfig, log: Path) -> None:
+    """Capture as a command does; all that it says goes into the file."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     with Progress() as progress:
-        print(capture(CaptureConfig(**eval(sys.argv[1])), progress))
-"""
+        print(capture(config, progress), flush=True)
 
 
-def start(config: CaptureConfig) -> subprocess.Popen:
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    command = [sys.executable, "-c", SCRIPT, repr(fields)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+class Driver:
+    """A capture in a process of its own."""
+
+    def __init__(self, config: CaptureConfig, log: Path):
+        self.log = log
+        self.process = start_fork(drive, config, log)
+
+    def ended(self) -> bool:
+        return self.process.exitcode is not None
+
+    def output(self) -> str:
+        """What it said until its end."""
+        self.process.join(400)
+        assert self.ended(), self.log.read_text()
+        return self.log.read_text()
 
 
 def commits(url: str) -> set[int]:
@@ -204,37 +212,37 @@ def test_a_worker_and_a_node_die(cluster, config, undisturbed, ready):
     assert 1 <= len(lost) <= 2 * CALLS_IN_FLIGHT
 
 
-def test_the_driver_dies_and_is_started_again(cluster, config, undisturbed, monkeypatch):
-    run = start(replace(config, address=cluster.address))
-    wait_for(lambda: len(commits(config.out)) >= 5 or run.poll() is not None, "five commits")
-    assert run.poll() is None, run.communicate()[0]
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+def test_the_driver_dies_and_is_started_again(cluster, config, undisturbed, monkeypatch, tmp_path):
+    run = Driver(replace(config, address=cluster.address), tmp_path / "log")
+    wait_for(lambda: len(commits(config.out)) >= 5 or run.ended(), "five commits")
+    assert not run.ended(), run.output()
+    run.process.kill()
+    run.process.join()
     wait_for(lambda: not replicas(), "end of the workers")
     done = commits(config.out)
     assert 5 <= len(done) < len([k for k in undisturbed if k.startswith("commits/")])
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)  # as in a job that was submitted
-    again = start(config)
-    output, _ = again.communicate(timeout=400)
-    assert again.returncode == 0, output
+    again = Driver(config, tmp_path / "again")
+    output = again.output()
+    assert again.process.exitcode == 0, output
     check(config, undisturbed, kept=done)
 
 
 @pytest.mark.parametrize("backend", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
-def test_the_object_store_fails_for_a_while(cluster, config, undisturbed, backend, request, monkeypatch):
+def test_the_object_store_fails_for_a_while(cluster, config, undisturbed, backend, request, monkeypatch, tmp_path):
     server = request.getfixturevalue("gcs_server" if backend == "gs" else "s3_server")
     with FaultyProxy(server.url, kinds=["503"], seed=1) as proxy:
         monkeypatch.setenv(server.variable, proxy.url)
         monkeypatch.setenv("HF_TOKEN", "hf_a_token_that_no_log_holds")
         config = replace(config, out=server.fresh(), address=cluster.address, shared_directory=False)
 
-        run = start(config)
-        wait_for(lambda: len([r for r in proxy.requests if "commits" in r]) >= 40 or run.poll() is not None, "requests")
+        run = Driver(config, tmp_path / "log")
+        wait_for(lambda: len([r for r in proxy.requests if "commits" in r]) >= 40 or run.ended(), "requests")
         proxy.rate = 1.0
         time.sleep(4)
         proxy.rate = 0.1
-        output, _ = run.communicate(timeout=400)
-        assert run.returncode == 0, output
+        output = run.output()
+        assert run.process.exitcode == 0, output
         proxy.rate = 0.0
         check(config, undisturbed)
         assert int(re.search(r"retries=(\d+)", output)[1]) >= 1
@@ -371,9 +379,9 @@ def test_a_directory_of_one_machine_is_refused_where_workers_run_on_several(clus
     assert not Path(config.out).exists()
 
 
-def test_an_address_where_nobody_listens_is_told_at_once(config):
-    run = start(replace(config, address="127.0.0.1:1"))
-    output, _ = run.communicate(timeout=400)
-    assert run.returncode != 0
+def test_an_address_where_nobody_listens_is_told_at_once(config, tmp_path):
+    run = Driver(replace(config, address="127.0.0.1:1"), tmp_path / "log")
+    output = run.output()
+    assert run.process.exitcode != 0
     assert "CaptureError: no Ray cluster answers at 127.0.0.1:1: [Errno 111] Connection refused" in output
     assert not Path(config.out, "commits").exists()

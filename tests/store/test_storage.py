@@ -22,7 +22,7 @@ from servers import BUCKET, REMOTE, Server, server_of
 from actstore.errors import MissingError, StoreError
 from actstore.store.storage import LocalStorage, Storage, check_conditional_writes, open_storage
 from actstore.store.storage import remote as storage_remote
-from actstore.store.storage.remote import plain
+from actstore.store.storage.remote import RemoteStorage, plain
 
 MIB = 1 << 20
 
@@ -631,6 +631,28 @@ def fork(url: str, generations: int, child: str) -> None:
 def test_a_forked_child_goes_on(backend_url: str, child: str) -> None:
     done = run_in_fork(fork, backend_url, 2, child)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def connect_at_once() -> None:
+    """Use a storage in eight threads of a forked process; exit with the number of clients, the parent's too."""
+    made: list[object] = []
+
+    def connect() -> Any:
+        time.sleep(0.05)
+        made.append(object())
+        return made[-1]
+
+    storage = RemoteStorage("s3://bucket", "", connect)
+    pid = os.fork()
+    if pid:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    assert len(set(together(8, lambda _: id(storage._driver())))) == 1
+    os._exit(len(made))
+
+
+def test_the_threads_of_a_forked_child_share_one_client() -> None:
+    done = run_in_fork(connect_at_once)
+    assert done.returncode == 2, done.stderr
 
 
 def test_the_engine_of_gs_is_chosen(gcs_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

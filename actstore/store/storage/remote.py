@@ -32,6 +32,16 @@ T = TypeVar("T")
 
 _inherited: list[object] = []
 """Clients that a fork has copied: to free them could wait for a thread that only the parent has."""
+_connecting = threading.Lock()
+"""Held by the one thread that makes a client, for all that ask at once."""
+
+
+def _forked() -> None:
+    global _connecting  # noqa: PLW0603  another thread of the parent may have held it
+    _connecting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 DEADLINE = "ACTSTORE_RETRY_DEADLINE"
 """Environment variable: seconds after which a failing request is not tried again."""
@@ -129,15 +139,22 @@ class RemoteStorage(Storage):
 
     def _driver(self) -> Driver:
         if self._made is None or self._pid != os.getpid():
-            _inherited.append(self._made)
-            try:
-                self._made = self._connect()
-            except Exception as e:
-                raise StoreError(f"{self.url}: can't connect: {plain(e)}; {CHECK}") from e
-            if self._pid:  # a fork may have left the lock of the parent's event taken
-                self._stop = threading.Event()
-            self._pid = os.getpid()
+            with _connecting:
+                self._make()
+        assert self._made is not None
         return self._made
+
+    def _make(self) -> None:
+        if self._pid == os.getpid():
+            return  # by another thread
+        _inherited.append(self._made)
+        try:
+            self._made = self._connect()
+        except Exception as e:
+            raise StoreError(f"{self.url}: can't connect: {plain(e)}; {CHECK}") from e
+        if self._pid:  # a fork may have left the lock of the parent's event taken
+            self._stop = threading.Event()
+        self._pid = os.getpid()
 
     def until(self, stop: threading.Event) -> "RemoteStorage":
         """See `Storage`; retries are counted apart."""
