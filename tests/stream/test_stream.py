@@ -161,7 +161,7 @@ def test_damage_raises_and_names_the_object(known: Known) -> None:
 
 
 def loader_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("actstore-")]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("actstore-work", "actstore-fetch"))]
 
 
 def test_threads_end_with_the_loop_however_it_ends(known: Known) -> None:

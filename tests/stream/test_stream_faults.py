@@ -57,7 +57,7 @@ def check(known: Known, batches: Any) -> None:
 
 
 def loader_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("actstore-")]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("actstore-work", "actstore-fetch"))]
 
 
 def test_streaming_from_a_sound_server(remote: Known) -> None:
