@@ -130,6 +130,16 @@ def permute(index: NDArray[np.integer] | int, n: int, key: int) -> NDArray[np.in
     return _apply(index, n, key, inverse=False)
 
 
+@numba.njit(nogil=True, cache=True)
+def _permuted(index: np.uint64, n: np.uint64, key: np.uint64) -> np.int64:
+    return np.int64(walk(index, n, round_keys(n, key), False))  # noqa: FBT003  compiled functions take no keywords
+
+
+def permuted(index: int, n: int, key: int) -> int:
+    """`permute` of one index, 0 <= index < n, without arrays."""
+    return int(_permuted(np.uint64(index), np.uint64(n), np.uint64(key)))
+
+
 def invert(index: NDArray[np.integer] | int, n: int, key: int) -> NDArray[np.int64]:
     """The inverse of `permute`: `invert(permute(i, n, k), n, k) == i`."""
     return _apply(index, n, key, inverse=True)

@@ -108,8 +108,8 @@ class ChunkLine:
         if not self._shuffle:
             return divmod(grid, g.chunks_per_bucket)
         turn, column = divmod(grid, g.buckets)
-        place = int(keyed.permute(column, g.buckets, self._bucket_key)[0])
-        return place, int(keyed.permute(turn, g.chunks_per_bucket, self._chunk_key(place))[0])
+        place = keyed.permuted(column, g.buckets, self._bucket_key)
+        return place, keyed.permuted(turn, g.chunks_per_bucket, self._chunk_key(place))
 
 
 def cut(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
@@ -227,13 +227,13 @@ def _rows_of(
     else:
         for i in range(rows.shape[0]):
             rows[i] = i
+    # a table of slices: a search for each row would mispredict its branches
+    slices = np.empty(rows.shape[0], np.int32)
+    for j in range(edges.shape[0] - 1):
+        for i in range(edges[j], edges[j + 1]):
+            slices[i] = j
+    shifts = starts - edges[:-1]
     for i in range(rows.shape[0]):
-        low, high = 0, edges.shape[0] - 2
-        while low < high:
-            middle = (low + high + 1) // 2
-            if edges[middle] <= rows[i]:
-                low = middle
-            else:
-                high = middle - 1
-        places[i] = buffers[low]
-        rows[i] += starts[low] - edges[low]
+        j = slices[rows[i]]
+        places[i] = buffers[j]
+        rows[i] += shifts[j]
