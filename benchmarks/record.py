@@ -35,6 +35,11 @@ Row = dict[str, Any]
 Part = Callable[[argparse.Namespace], list[Row]]
 
 
+def _without_place(argument: str) -> str:
+    """An argument of the command, without where things lie on this machine."""
+    return "DIR" if argument.startswith(("/", "~")) else argument
+
+
 def parser(doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
     """The arguments that every script takes; it may add its own."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,7 +78,7 @@ def keep(script: str, part: str, rows: list[Row], words: str = "") -> None:
     record = {n: r for n, r in known.items() if isinstance(r, dict) and "rows" in r}
     record[part] = {
         "words": " ".join(words.split()),
-        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{name}.py", *map(_without_place, sys.argv[1:])]),
         "rows": rows,
         "machine": machine(),
         "commit": commit(),
