@@ -92,8 +92,8 @@ def _expected(columns: Mapping[str, Column], threads: tuple[int, int], *, batch:
     alone = () if fetchers else (rates["fetch"],)
     whole = min(in_turn(rates["decode"], rates["gather"], *alone), rates["fetch"])
     return {
-        "expected_gb_s": round(whole, 3),
-        "expected_rows_s": round(whole * 1e9 / sum(c.index.array.row_bytes for c in columns.values())),
+        "expected_gb_s": float(f"{whole:.3g}"),
+        "expected_rows_s": max(round(whole * 1e9 / sum(c.index.array.row_bytes for c in columns.values())), 1),
         "expected_bound": min(rates, key=lambda k: rates[k]),
-        **{f"{k}_gb_s": round(v, 3) for k, v in rates.items()},
+        **{f"{k}_gb_s": float(f"{v:.3g}") for k, v in rates.items()},
     }

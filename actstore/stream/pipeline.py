@@ -340,16 +340,18 @@ class Pipeline:
     def _request(self, resident: Resident, began: float, *, second: bool) -> None:
         columns = self._r.shares[resident.share].columns
         error: ActstoreError | None = None
-        data: list[Any] = []
+        intact, data = resident.data or [None] * len(columns), list[Any]()
         try:
-            data = [self._source.fetch(column, resident.piece) for column in columns.values()]
+            for column, known in zip(columns.values(), intact, strict=True):
+                data.append(self._source.fetch(column, resident.piece) if known is None else known)
         except ActstoreError as e:
             error = e
         seconds = time.perf_counter() - began
         with self._lock:
             self._meter.fetch_s += seconds
-            self._meter.requests += len(data)
-            self._meter.stored_bytes += sum(map(len, data))
+            asked = [found for found, known in zip(data, intact, strict=False) if known is None]
+            self._meter.requests += len(asked)
+            self._meter.stored_bytes += sum(map(len, asked))
             self._meter.hedges += second
             resident.tries -= 1
             if resident.fetched or (error is not None and resident.tries):
@@ -370,6 +372,7 @@ class Pipeline:
         share, memory, data = self._r.shares[i], self._memories[i], resident.data
         nbytes, reading_s, decode_s = 0, 0.0, 0.0
         held: dict[str, NDArray[np.uint8]] = {}
+        k = 0
         try:
             for k, (name, column) in enumerate(share.columns.items()):
                 fetched = None if data is None else data[k]
@@ -378,7 +381,7 @@ class Pipeline:
                 if name in share.where.columns:
                     held[name] = memory.held(name, resident.buffer)
         except ActstoreError as e:
-            self._unreadable(resident, e)
+            self._unreadable(resident, e, k)
             return
         kept = self._kept[i]
         if kept is not None:
@@ -393,19 +396,21 @@ class Pipeline:
                 self._meter.requests += len(share.columns)
             self._settle(resident)
 
-    def _unreadable(self, resident: Resident, error: ActstoreError) -> None:
-        """A chunk that arrived damaged from an object store is requested again, others are skipped."""
+    def _unreadable(self, resident: Resident, error: ActstoreError, k: int) -> None:
+        """What arrived damaged from an object store is requested again, array `k` alone; other chunks are skipped."""
         columns = self._r.shares[resident.share].columns.values()
         if not (isinstance(error, IntegrityError) and any(map(self._source.remote, columns))):
             self._skip(resident, error)
             return
-        if resident.rereads == REREADS:
+        if resident.rereads.get(k) == REREADS:
             self._skip(resident, IntegrityError(f"{error} (read {REREADS + 1} times)"))
             return
         with self._lock:
             self._meter.retries += 1
-            resident.rereads += 1
-            resident.fetched, resident.data = False, None
+            resident.rereads[k] = resident.rereads.get(k, 0) + 1
+            resident.fetched = False
+            if resident.data is not None:
+                resident.data = [None if i == k else data for i, data in enumerate(resident.data)]
             if not self._r.fetchers:
                 heapq.heappush(self._decodes, (resident.serial, resident))
                 return

@@ -8,7 +8,7 @@ and with as many it can't come to a standstill.
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,8 @@ class Resident:
     """Fetched and not yet decoded, by array."""
     tries: int = 0
     """Requests for it that are under way."""
-    rereads: int = 0
-    """Times that it arrived damaged."""
+    rereads: dict[int, int] = field(default_factory=dict[int, int])
+    """Times that each array's chunk arrived damaged."""
     fetched: bool = False
 
 
