@@ -354,9 +354,11 @@ class Pipeline:
             self._meter.stored_bytes += sum(map(len, asked))
             self._meter.hedges += second
             resident.tries -= 1
-            if resident.fetched or (error is not None and resident.tries):
+            if resident.fetched or (error is not None and (resident.tries or resident in self._again)):
                 return  # the other request was faster, or may yet succeed
             resident.fetched = True
+            if resident in self._again:  # a hedge answered before the damaged chunk was requested once more
+                self._again.remove(resident)
             self._hedge.end(resident, seconds if error is None and not second else None)
             if error is None:
                 self._meter.hedges_won += second
